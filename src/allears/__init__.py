@@ -1,0 +1,34 @@
+"""allears: full attention by listening. Clean, separate and generate sound on one attention engine.
+
+Names are loaded on first use, so that ``import allears`` stays quick and needs no optional package.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "attention": "allears.ops.attention",
+    "AttentionSpec": "allears.ops.attention",
+    "explain": "allears.ops.attention",
+    "Enhancer": "allears.models.enhance",
+}
+
+if TYPE_CHECKING:
+    from allears.models.enhance import Enhancer as Enhancer
+    from allears.ops.attention import AttentionSpec as AttentionSpec
+    from allears.ops.attention import attention as attention
+    from allears.ops.attention import explain as explain
+
+__all__ = ["AttentionSpec", "Enhancer", "__version__", "attention", "explain"]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'allears' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
