@@ -1,0 +1,1 @@
+"""Functions on tensors, and their kernels. No nn.Module lives here."""
