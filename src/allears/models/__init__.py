@@ -1,0 +1,1 @@
+"""One folder a model; models never import one another."""
