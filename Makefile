@@ -1,0 +1,84 @@
+# make demo: hear it.  make test: all checks.  make lint, make bench, make clean, make distclean.
+#
+# Variables: PYTHON (3.11 or newer), VENV, TORCH (installed only where torch is missing; for a CPU or another CUDA build
+# give the name of that build, or install torch into $(VENV) first), TEST_SET and CORPUS (for make bench).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+CORPUS ?= corpus
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+STAMPS := $(VENV)/.stamps
+
+.PHONY: help demo test lint base-install bench clean distclean
+
+help:
+	@echo "make demo   clean the recordings of demo/ into out/, with a report and scores"
+	@echo "make test   lint, base install, all tests"
+	@echo "make lint   ruff, import-linter, pyrefly"
+	@echo "make bench  run the benchmarks and write benchmarks/results/"
+	@echo "make clean  remove what was generated; make distclean removes $(VENV) too"
+
+$(STAMPS)/venv:
+	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 found; name one: make PYTHON=/path/to/python" >&2; exit 2; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"
+	touch $@
+
+$(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
+	@echo "installing allears with what the scores need into $(VENV)"
+	$(PIP) install --quiet --editable ".[eval]"
+	touch $@
+
+$(STAMPS)/dev: $(STAMPS)/torch pyproject.toml
+	@echo "installing allears with everything that the checks need into $(VENV)"
+	$(PIP) install --quiet --editable ".[dev,eval,train,media]"
+	touch $@ $(STAMPS)/demo
+
+demo: $(STAMPS)/demo
+	$(BIN)/allears enhance demo -o out --report --overwrite
+	@echo "listen: out/, and open out/report.html in a browser"
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyrefly check
+
+base-install: $(STAMPS)/dev
+	$(PY) .ci/base_install.py
+
+test: lint base-install
+	$(PY) -m pytest
+
+$(STAMPS)/peers: $(STAMPS)/dev benchmarks/requirements-peers.txt
+	$(PIP) install --quiet --requirement benchmarks/requirements-peers.txt
+	touch $@
+
+bench: $(STAMPS)/peers
+	$(PY) -m benchmarks enhance_speed
+ifdef TEST_SET
+	$(PY) -m benchmarks enhance $(TEST_SET) --corpus $(CORPUS)
+else
+	@echo "scores: make bench TEST_SET=manifest.jsonl CORPUS=folder (allears data prepare builds the corpus)"
+endif
+
+clean:
+	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .pyrefly_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

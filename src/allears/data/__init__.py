@@ -1,0 +1,1 @@
+"""Corpora, mixing and simulation."""

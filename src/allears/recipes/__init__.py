@@ -1,0 +1,21 @@
+"""Functions that return a complete run: the only place where models meet training and data.
+
+A recipe takes ``(corpus, out, minutes, steps, device, preset, seed, **overrides)`` and returns a ``TrainResult``.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+_ENTRIES = {"enhance": "allears.recipes.enhance:train_enhance"}
+
+
+class _Recipes(dict[str, str]):
+    """Recipe functions by name, imported when asked for."""
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:  # type: ignore[override]
+        module, _, function = super().__getitem__(name).partition(":")
+        return getattr(import_module(module), function)
+
+
+RECIPES = _Recipes(_ENTRIES)

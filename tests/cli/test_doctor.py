@@ -1,0 +1,90 @@
+"""``allears doctor``: every section is there, a damaged checkpoint is found, the table of extras is the project's."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from allears.cli import doctor
+from allears.cli.main import main
+from allears.core.weights import save_weights
+
+PROJECT = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
+MODULE_OF = {"import-linter": "importlinter"}
+
+
+def test_json_describes_this_machine(capsys):
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["allears"] == PROJECT["version"]
+    assert report["torch"]["version"] == torch.__version__
+    assert len(report["torch"]["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    assert report["machine"]["cpu_cores"] >= 1 and report["machine"]["memory_gib"] > 0
+    assert {"wav", "flac"} <= set(report["audio"]["formats"])
+    kernels = {kernel["name"]: kernel for kernel in report["attention"]}
+    assert kernels["reference"]["available"] is True
+    assert all(kernel["available"] or kernel["reason"] for kernel in kernels.values())
+
+
+def test_text_has_every_section(capsys):
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for section in ("machine", "audio files", "extras", "attention kernels", "models"):
+        assert section in lines
+
+
+def test_extras_are_those_of_the_project():
+    declared = PROJECT["optional-dependencies"]
+    assert set(doctor.EXTRAS) == set(declared)
+    for name, (unlocks, modules) in doctor.EXTRAS.items():
+        packages = [requirement.split(">=")[0] for requirement in declared[name]]
+        assert list(modules) == [MODULE_OF.get(package, package) for package in packages] and unlocks
+
+
+def test_a_missing_extra_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(doctor.EXTRAS, "media", ("any container", ("no_such_module",)))
+    assert main(["doctor"]) == 0
+    assert "no  media  any container; missing no_such_module: pip install 'allears[media]'" in capsys.readouterr().out
+
+
+@pytest.fixture
+def weights(tmp_path):
+    save_weights(tmp_path / "tiny", {"a": torch.zeros(3, 5), "b": torch.zeros(7)}, {"model": "tiny"})
+    return tmp_path
+
+
+def test_good_weights_are_counted_and_verified(weights):
+    (row,) = doctor.models(weights)
+    assert row["name"] == "tiny" and row["parameters"] == 22 and row["ok"] and row["reason"] == ""
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "card"])
+def test_damaged_weights_are_found_and_told(weights, damage):
+    path = weights / "tiny.safetensors"
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[-1] ^= 1
+        path.write_bytes(data)
+    elif damage == "cut":
+        path.write_bytes(data[:-4])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        (weights / "tiny.json").write_text("{")
+    (row,) = doctor.models(weights)
+    assert not row["ok"] and row["reason"] and "\n" not in row["reason"]
+    report = {**doctor.examine(), "models": [row]}
+    assert f"no  tiny: {row['reason']}" in doctor.to_text(report)
+
+
+def test_a_broken_attention_room_is_shown_not_raised(monkeypatch):
+    import allears.ops.attention as room
+
+    def broken():
+        raise RuntimeError("driver too old")
+
+    monkeypatch.setattr(room, "backends", broken)
+    (row,) = doctor.attention_backends()
+    assert row == {"name": "attention", "available": False, "reason": "RuntimeError: driver too old"}
