@@ -20,7 +20,9 @@ def voice_like(rng: np.random.Generator, seconds: float, pitch_hz: float) -> np.
 
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared corpus in small: two talkers and two noises in training, one of each in validation and test, and a recorded room."""
+    """A prepared corpus in small: two talkers and two noises in training, one of each in validation and test, and a
+    recorded room.
+    """
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     items = []
@@ -38,6 +40,12 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         add(f"hiss-{split}", "noise", split, 0.1 * rng.standard_normal(40_000).astype(np.float32))
         knock = np.exp(-np.arange(4000) / 300) * rng.standard_normal(4000) * 0.3
         add(f"knock-{split}", "event", split, knock.astype(np.float32), label="knock")
-    add("stairs", "rir", "test", (np.exp(-np.arange(9000) / 1500) * rng.standard_normal(9000) * 0.2).astype(np.float32), 22_050)
+    add(
+        "stairs",
+        "rir",
+        "test",
+        (np.exp(-np.arange(9000) / 1500) * rng.standard_normal(9000) * 0.2).astype(np.float32),
+        22_050,
+    )
     write_manifest(folder, items)
     return folder

@@ -34,7 +34,9 @@ def test_path_ends_and_velocity():
         LinearPath(0.0)
 
 
-@pytest.mark.parametrize(("solver", "steps", "tolerance"), [("euler", 200, 0.02), ("midpoint", 12, 0.02), ("heun", 20, 0.02)])
+@pytest.mark.parametrize(
+    ("solver", "steps", "tolerance"), [("euler", 200, 0.02), ("midpoint", 12, 0.02), ("heun", 20, 0.02)]
+)
 def test_solvers_carry_the_prior_to_the_data(solver, steps, tolerance):
     """For Gaussian data the flow maps z to data_mean + data_std z."""
     z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
@@ -47,10 +49,23 @@ def test_solvers_carry_the_prior_to_the_data(solver, steps, tolerance):
 def test_orders_of_the_solvers():
     z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     start = PATH.prior(torch.full_like(z, 1.5), z)
-    exact = integrate(gaussian_denoiser(1.5, -0.4, 0.8), PATH, start, [1 - 0.8 * i / 4000 for i in range(4001)], SOLVERS["heun"])
+    exact = integrate(
+        gaussian_denoiser(1.5, -0.4, 0.8), PATH, start, [1 - 0.8 * i / 4000 for i in range(4001)], SOLVERS["heun"]
+    )
     for name, order in (("euler", 1), ("midpoint", 2), ("heun", 2)):
         gaps = [
-            (integrate(gaussian_denoiser(1.5, -0.4, 0.8), PATH, start, [1 - 0.8 * i / n for i in range(n + 1)], SOLVERS[name]) - exact).abs().max()
+            (
+                integrate(
+                    gaussian_denoiser(1.5, -0.4, 0.8),
+                    PATH,
+                    start,
+                    [1 - 0.8 * i / n for i in range(n + 1)],
+                    SOLVERS[name],
+                )
+                - exact
+            )
+            .abs()
+            .max()
             for n in (20, 40)
         ]
         assert math.log2(gaps[0] / gaps[1]) > order - 0.2, name
@@ -58,7 +73,9 @@ def test_orders_of_the_solvers():
 
 def test_one_euler_step_is_the_prediction_itself():
     x1 = torch.randn(2, 5)
-    assert torch.allclose(integrate(lambda x, t: torch.full_like(x, 3.0), PATH, x1, time_grid(1)), torch.full((2, 5), 3.0))
+    assert torch.allclose(
+        integrate(lambda x, t: torch.full_like(x, 3.0), PATH, x1, time_grid(1)), torch.full((2, 5), 3.0)
+    )
 
 
 def test_noise_is_seeded_and_bad_times_are_refused():

@@ -1,6 +1,7 @@
 """Noisy-speech mixtures as values: what is mixed, how loud, in which room. ``render`` turns them into samples.
 
-A set of mixtures is a JSON-lines file of :class:`MixSpec`: it renders to the same samples wherever the corpus is the same.
+A set of mixtures is a JSON-lines file of :class:`MixSpec`: it renders to the same samples wherever the corpus is the
+same.
 """
 
 import json
@@ -19,7 +20,8 @@ from allears.data.bank import AudioBank
 class Segment:
     """A stretch of a corpus item placed in a clip; positions in samples at 16 kHz.
 
-    ``speed`` resamples the item (1.1 is faster and higher); ``start`` counts in the item, ``at`` and ``length`` in the clip.
+    ``speed`` resamples the item (1.1 is faster and higher); ``start`` counts in the item, ``at`` and ``length`` in
+    the clip.
     """
 
     item: str
@@ -32,7 +34,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Stationary noise made on the spot: white noise with a slope of ``slope_db`` per octave, plus hum at ``hum_hz`` and its harmonics."""
+    """Stationary noise made on the spot: white noise with a slope of ``slope_db`` per octave, plus hum at ``hum_hz``
+    and its harmonics.
+    """
 
     seed: int
     slope_db: float = -3.0
@@ -47,7 +51,8 @@ class MixSpec:
     Args:
         frames: length in samples.
         speech, noise: what is heard; an empty ``speech`` is a clip without talker, whose target is silence.
-        snr_db: active level of the speech over the noise, both as they reach the microphone; ``None`` leaves the noise out.
+        snr_db: active level of the speech over the noise, both as they reach the microphone; ``None`` leaves the
+            noise out.
         rir: the room of the talker: ``{"bank": i}``, ``{"item": id}`` or ``{"room": {...}}``; ``None`` is dry.
         noise_rir: likewise for the noise.
         eq_db, noise_eq_db: gains at 125, 250, ..., 8000 Hz, of talker and noise; ``None`` is flat.
@@ -152,7 +157,9 @@ class MixSampler:
     def _speed(self, span: tuple[float, float]) -> float:
         return round(self._uniform(span), 3) if self._chance(self.config.change_speed) else 1.0
 
-    def _talker(self, frames: int, bank: AudioBank, choices: np.ndarray, speed: float, gain_db: float = 0.0) -> tuple[Segment, ...]:
+    def _talker(
+        self, frames: int, bank: AudioBank, choices: np.ndarray, speed: float, gain_db: float = 0.0
+    ) -> tuple[Segment, ...]:
         """Utterances one after another with pauses, from a random point on, until the clip is full."""
         segments: list[Segment] = []
         at = int(self.rng.integers(0, 4000)) if self._chance(0.5) else 0
@@ -175,7 +182,11 @@ class MixSampler:
         speed = self._speed(self.config.noise_speed)
         whole = int(self.noise.lengths[index] / speed)
         segments: list[Segment] = []
-        offset = int(self.rng.integers(0, max(1, whole - frames))) if whole > frames else int(self.rng.integers(0, max(1, whole)))
+        offset = (
+            int(self.rng.integers(0, max(1, whole - frames)))
+            if whole > frames
+            else int(self.rng.integers(0, max(1, whole)))
+        )
         at = 0
         while at < frames and len(segments) < 64:
             length = min(whole - offset, frames - at)
@@ -218,7 +229,9 @@ class MixSampler:
         synthetic = None
         if not segments or self._chance(config.synthetic):
             hum = float(self.rng.choice([0.0, 0.0, 50.0, 60.0, self._uniform((80.0, 400.0))]))
-            synthetic = Synthetic(int(self.rng.integers(2**31)), self._uniform((-9.0, 3.0)), hum, self._uniform((-15.0, 0.0)))
+            synthetic = Synthetic(
+                int(self.rng.integers(2**31)), self._uniform((-9.0, 3.0)), hum, self._uniform((-15.0, 0.0))
+            )
         return segments, synthetic
 
     def _eq(self) -> tuple[float, ...] | None:
@@ -232,7 +245,11 @@ class MixSampler:
         frames = int(config.seconds * 16_000)
         speaker = self._speaker_names[int(rng.choice(len(self._speaker_names), p=self._speaker_weight))]
         silent = self._chance(config.silent_talker)
-        speech = () if silent else self._talker(frames, self.speech, self._by_speaker[speaker], self._speed(config.speech_speed))
+        speech = (
+            ()
+            if silent
+            else self._talker(frames, self.speech, self._by_speaker[speaker], self._speed(config.speech_speed))
+        )
         noise, synthetic = self._noise(frames)
         noiseless = not silent and self._chance(config.noiseless)
         room = int(rng.integers(config.rirs)) if config.rirs and self._chance(config.reverberant) else None

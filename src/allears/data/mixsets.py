@@ -29,11 +29,17 @@ JUDGE_MIX = MixConfig(
 
 
 def judging_set(
-    speech: AudioBank, noise: AudioBank, clips: int, seed: int, recorded_rooms: tuple[str, ...] = (), config: MixConfig = JUDGE_MIX
+    speech: AudioBank,
+    noise: AudioBank,
+    clips: int,
+    seed: int,
+    recorded_rooms: tuple[str, ...] = (),
+    config: MixConfig = JUDGE_MIX,
 ) -> list[MixSpec]:
     """``clips`` mixtures, talkers in turn, signal-to-noise ratios evenly over the range, every second one in a room.
 
-    Of the reverberant ones, every tenth takes a recorded room (an id of an ``rir`` item with its channel, ``ID#0``) where there are any;
+    Of the reverberant ones, every tenth takes a recorded room (an id of an ``rir`` item with its channel, ``ID#0``)
+    where there are any;
     in half of them the noise is in the room too.
     """
     rng = np.random.default_rng(seed)

@@ -75,16 +75,13 @@ def prepare(
     for done, package in enumerate(chosen):
         if on_progress:
             on_progress(Progress(done, len(chosen), "packages", package.name))
-        inputs = [_STATE_FORM, asdict(package), codec, sorted(kinds), allow_other_versions]
-        if any(rule.kind == "sound" for rule in package.rules):
-            inputs.append(TABLE_DIGEST)
-        key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+        source = table.get(package.texts_from or "")
+        key = _build_key(package, source, codec, kinds, allow_other_versions)
         state = folder / _STATE / f"{package.name}.json"
         made = _finished(state, key)
         if made is None:
             try:
                 deb = find_package(package, packages_dir, allow_other_versions)
-                source = table.get(package.texts_from or "")
                 text_deb = find_package(source, packages_dir, allow_other_versions) if source else None
             except CorpusError as error:
                 if not skip_missing:
@@ -99,7 +96,7 @@ def prepare(
                 json.dumps({"key": key, "left_out": left_out, "items": [item_to_dict(item) for item in made]})
             )
             os.replace(part, state)
-        items += made
+        items += [replace(item, licence=package.licence) for item in made]
     unique = [_without_wrong_text(item) for item in _drop_duplicates(items)]
     log.info("%d duplicates dropped", len(items) - len(unique))
     if leaks := check_splits(unique):
@@ -108,6 +105,17 @@ def prepare(
     if on_progress:
         on_progress(Progress(len(chosen), len(chosen), "packages", "done"))
     return unique
+
+
+def _build_key(
+    package: Package, source: Package | None, codec: str, kinds: Collection[str], allow_other_versions: bool
+) -> str:
+    """Hash of all that decides what is built from ``package``: another one means that it must be built again."""
+    inputs = [_STATE_FORM, asdict(replace(package, licence="")), source and source.sha256]
+    inputs += [codec, sorted(kinds), allow_other_versions]
+    if any(rule.kind == "sound" for rule in package.rules):
+        inputs.append(TABLE_DIGEST)
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def _finished(state: Path, key: str) -> list[Item] | None:

@@ -7,7 +7,7 @@ import io
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,12 @@ def active_rms(x: Tensor, frame: int = 320, range_db: float = 35.0) -> Tensor:
 
 
 def _resampled(flat: Tensor, first: Tensor, last: Tensor, begin: Tensor, speed: Tensor, count: int) -> Tensor:
-    """Samples begin + n * speed, n < count, of each stretch flat[first:last]; Hann-windowed sinc of 16 taps. All (S,) to (S, count)."""
-    position = begin[:, None].to(torch.float64) + speed[:, None].to(torch.float64) * torch.arange(count, device=flat.device)
+    """Samples begin + n * speed, n < count, of each stretch flat[first:last]; Hann-windowed sinc of 16 taps. All
+    (S,) to (S, count).
+    """
+    position = begin[:, None].to(torch.float64) + speed[:, None].to(torch.float64) * torch.arange(
+        count, device=flat.device
+    )
     base = position.floor()
     fraction = (position - base).to(torch.float32)
     base = base.to(torch.int64)
@@ -53,7 +57,9 @@ def _resampled(flat: Tensor, first: Tensor, last: Tensor, begin: Tensor, speed: 
     return total / 32768.0
 
 
-def _lay(placed: list[tuple[int, Segment]], bank: AudioBank, flat: Tensor, batch: int, frames: int, even_level: bool) -> Tensor:
+def _lay(
+    placed: list[tuple[int, Segment]], bank: AudioBank, flat: Tensor, batch: int, frames: int, even_level: bool
+) -> Tensor:
     """All segments in their places, (B, T); with ``even_level`` each is brought to RMS 1 before its gain."""
     out = torch.zeros(batch * frames, device=flat.device)
     placed = sorted(placed, key=lambda pair: pair[1].length)
@@ -105,13 +111,17 @@ def _synthetic(specs: list[Synthetic | None], frames: int, device: torch.device)
         if spec.hum_hz > 0:
             time = torch.arange(frames, dtype=torch.float64) / RATE
             phases = torch.rand(8, generator=generator) * 6.2831853
-            hum = sum(torch.sin(6.283185307179586 * spec.hum_hz * (k + 1) * time + phases[k]) / (k + 1) for k in range(8))
+            hum = sum(
+                torch.sin(6.283185307179586 * spec.hum_hz * (k + 1) * time + phases[k]) / (k + 1) for k in range(8)
+            )
             shaped = 0.5 * shaped + hum.to(torch.float32)  # type: ignore[union-attr]
         out[row] = shaped / shaped.square().mean().sqrt().clamp_min(1e-8) * 10 ** (spec.gain_db / 20)
     return out.to(device)
 
 
-def _curve(gains: list[tuple[float, ...] | None], lowpass: list[float | None], size: int, device: torch.device) -> Tensor:
+def _curve(
+    gains: list[tuple[float, ...] | None], lowpass: list[float | None], size: int, device: torch.device
+) -> Tensor:
     """Zero-phase filter (B, size / 2 + 1): octave gains joined in log frequency, and a steep low-pass."""
     frequency = np.fft.rfftfreq(size, 1 / RATE)
     octaves = np.log2(np.maximum(frequency, 60.0))
@@ -156,7 +166,7 @@ class Renderer:
     speech: AudioBank
     noise: AudioBank
     rirs: RirBank | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
         self._flat_speech = torch.from_numpy(self.speech.audio).to(self.device)
@@ -182,12 +192,21 @@ class Renderer:
 
     @torch.no_grad()
     def __call__(self, specs: list[MixSpec]) -> tuple[Tensor, Tensor]:
-        """``(noisy, target)``, each (B, T) float32. The target holds the direct sound and the first 50 ms of reflections."""
+        """``(noisy, target)``, each (B, T) float32. The target holds the direct sound and the first 50 ms of
+        reflections.
+        """
         frames = specs[0].frames
         if any(spec.frames != frames for spec in specs):
             raise ValueError("specs: clips of one batch must have the same length")
         batch, device = len(specs), self.device
-        dry = _lay([(row, s) for row, spec in enumerate(specs) for s in spec.speech], self.speech, self._flat_speech, batch, frames, False)
+        dry = _lay(
+            [(row, s) for row, spec in enumerate(specs) for s in spec.speech],
+            self.speech,
+            self._flat_speech,
+            batch,
+            frames,
+            False,
+        )
         beds = [(row, s) for row, spec in enumerate(specs) for s in spec.noise]
         noise = _lay(beds, self.noise, self._flat_noise, batch, frames, True)
         noise = noise + _synthetic([spec.synthetic for spec in specs], frames, device)
@@ -201,11 +220,15 @@ class Renderer:
         if talker_rooms is None:
             heard = target = torch.fft.irfft(voice, n=size)[:, :frames]
         else:
-            heard, target = (torch.fft.irfft(voice * torch.fft.rfft(rir, n=size), n=size)[:, :frames] for rir in talker_rooms)
+            heard, target = (
+                torch.fft.irfft(voice * torch.fft.rfft(rir, n=size), n=size)[:, :frames] for rir in talker_rooms
+            )
         if noise_rooms is not None:
             noises = noises * torch.fft.rfft(noise_rooms[0], n=size)
         noise = torch.fft.irfft(noises, n=size)[:, :frames]
-        snr = torch.tensor([spec.snr_db if spec.snr_db is not None else math.inf for spec in specs], device=device)[:, None]
+        snr = torch.tensor([spec.snr_db if spec.snr_db is not None else math.inf for spec in specs], device=device)[
+            :, None
+        ]
         voice_level, noise_level = active_rms(heard), noise.square().mean(-1, keepdim=True).sqrt()
         wanted = torch.where(voice_level > 1e-6, voice_level, torch.full_like(voice_level, 0.05)) * 10 ** (-snr / 20)
         noisy = heard + noise * wanted / noise_level.clamp_min(1e-8)

@@ -61,7 +61,9 @@ class RirBank:
     _early: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def simulate(cls, rooms: int, seed: int, device: torch.device | str = "cpu", cache: str | Path | None = None) -> "RirBank":
+    def simulate(
+        cls, rooms: int, seed: int, device: torch.device | str = "cpu", cache: str | Path | None = None
+    ) -> "RirBank":
         """``rooms`` random rooms, the same for the same seed. ``cache`` names a file to keep them in."""
         if cache is not None and Path(cache).is_file():
             stored = np.load(cache)
@@ -81,7 +83,9 @@ class RirBank:
 
     @classmethod
     def from_corpus(cls, folder: str | Path) -> "RirBank":
-        """The recorded responses of a corpus, each channel as ``ID#channel``; simulated ones are made as specs describe them."""
+        """The recorded responses of a corpus, each channel as ``ID#channel``; simulated ones are made as specs
+        describe them.
+        """
         recorded: dict[str, Tensor] = {}
         for item in read_manifest(folder):
             if item.kind == "rir":
@@ -105,7 +109,9 @@ class RirBank:
             return rir, self._early[index]
         if "item" in reference:
             if reference["item"] not in self.recorded:
-                raise CorpusError(f"rirs: no recorded response {reference['item']!r} in this corpus; prepare it with 'allears data prepare'")
+                raise CorpusError(
+                    f"rirs: no recorded response {reference['item']!r} here; run 'allears data prepare'"
+                )
             rir = self.recorded[reference["item"]]
         elif "room" in reference:
             room = from_dict(Room, reference["room"])

@@ -17,9 +17,9 @@ def expand_time(t: Tensor, like: Tensor) -> Tensor:
 class LinearPath:
     """x_t = (1 - t) x_0 + t (mean + sigma z), z standard normal.
 
-    With the noisy recording as ``mean`` this is the path of FlowSE (Lee et al., ICASSP 2025: sigma_min 0, sigma_max ``sigma``); with
-    ``mean`` zero it is rectified flow from a Gaussian. As sigma_min is 0, x_t - x_0 = t v: a network that predicts x_0 gives the
-    velocity v = (x_t - x_0) / t, and the other way round.
+    With the noisy recording as ``mean`` this is the path of FlowSE (Lee et al., ICASSP 2025: sigma_min 0, sigma_max
+    ``sigma``); with ``mean`` zero it is rectified flow from a Gaussian. As sigma_min is 0, x_t - x_0 = t v: a network
+    that predicts x_0 gives the velocity v = (x_t - x_0) / t, and the other way round.
 
     Args:
         sigma: standard deviation of the prior, > 0.
@@ -45,12 +45,16 @@ class LinearPath:
         return (x_t - x0) / expand_time(t, x_t)
 
     def score(self, x_t: Tensor, x0: Tensor, mean: Tensor, t: Tensor) -> Tensor:
-        """Gradient of log p_t(x_t) where x0 is the posterior mean: -z / (sigma t), with z solved from x_t, x0 and ``mean``."""
+        """Gradient of log p_t(x_t) where x0 is the posterior mean: -z / (sigma t), with z solved from x_t, x0 and
+        ``mean``.
+        """
         time = expand_time(t, x_t)
         z = (x_t - (1 - time) * x0 - time * mean) / (time * self.sigma)
         return -z / (time * self.sigma)
 
     def noise(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """z in the shape of ``like``; drawn on the generator's device, so that a seed gives the same noise everywhere."""
+        """z in the shape of ``like``; drawn on the generator's device, so that a seed gives the same noise
+        everywhere.
+        """
         device = generator.device if generator is not None else like.device
         return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)

@@ -1,10 +1,12 @@
 """Solvers that carry a state from t = 1 to t = 0.
 
-A solver is a ``Step``: it takes one step of the equation. Deterministic ones (ODE) live here; a stochastic one that also returns its
+A solver is a ``Step``: it takes one step of the equation. Deterministic ones (ODE) live here; a stochastic one that
+also returns its
 log-probability is another ``Step`` with a generator, and runs in the same ``integrate``.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -38,7 +40,7 @@ def midpoint(denoise: Denoise, path: LinearPath, x: Tensor, t: float, t_next: fl
 
 
 def heun(denoise: Denoise, path: LinearPath, x: Tensor, t: float, t_next: float) -> Tensor:
-    """Second order; two network calls, one where it ends at t = 0 (the velocity has no value there, so that step is Euler's)."""
+    """Second order; two network calls. The step that ends at t = 0 is Euler's: the velocity has no value there."""
     first = _velocity(denoise, path, x, t)
     guess = x + (t_next - t) * first
     if t_next <= 0:
@@ -58,9 +60,9 @@ def time_grid(steps: int) -> list[float]:
 
 def integrate(denoise: Denoise, path: LinearPath, x1: Tensor, times: Sequence[float], step: Step = euler) -> Tensor:
     """Carry ``x1`` along ``times`` (from 1 down to 0)."""
-    if len(times) < 2 or any(b >= a for a, b in zip(times, times[1:], strict=False)):
+    if len(times) < 2 or any(b >= a for a, b in pairwise(times)):
         raise ValueError(f"times: {list(times)} given; at least two are needed, strictly falling")
     x = x1
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in pairwise(times):
         x = step(denoise, path, x, t, t_next)
     return x

@@ -49,7 +49,8 @@ class SelfAttention(nn.Module):
 
 
 class GatedConv(nn.Module):
-    """Feed-forward with a neighbourhood: a 3x3 convolution to a gated width, then back (after the Conv-SwiGLU of TF-Locoformer, in 2-D).
+    """Feed-forward with a neighbourhood: a 3x3 convolution to a gated width, then back (after the Conv-SwiGLU of
+    TF-Locoformer, in 2-D).
 
     x (B, T, F, C) to (B, T, F, C).
     """

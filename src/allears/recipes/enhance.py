@@ -5,6 +5,7 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +30,16 @@ log = logging.getLogger(__name__)
 NOISE_KINDS = ("noise", "event", "music", "babble")
 TRAIN_MIX = MixConfig()
 VAL_MIX = replace(
-    TRAIN_MIX, snr_db=(0.0, 15.0), silent_talker=0.0, noiseless=0.0, change_speed=0.0, eq=0.0, lowpass=0.0, clip=0.0, codec=0.0, reverberant=0.5
+    TRAIN_MIX,
+    snr_db=(0.0, 15.0),
+    silent_talker=0.0,
+    noiseless=0.0,
+    change_speed=0.0,
+    eq=0.0,
+    lowpass=0.0,
+    clip=0.0,
+    codec=0.0,
+    reverberant=0.5,
 )
 
 
@@ -41,7 +51,9 @@ def load_bank(folders: list[str], kinds: tuple[str, ...], splits: tuple[str, ...
 
 
 class EnhanceObjective:
-    """Draws a batch of mixtures a step, seeded by the step; validates on fixed mixtures of other talkers, noises and rooms."""
+    """Draws a batch of mixtures a step, seeded by the step; validates on fixed mixtures of other talkers, noises and
+    rooms.
+    """
 
     def __init__(
         self,
@@ -118,7 +130,7 @@ def train_enhance(
     seconds: float = 4.0,
     rirs: int = 2000,
     lr: float = 8e-4,
-    prior: str | None = None,
+    prior: Literal["noisy", "gaussian"] | None = None,
     start: str | None = None,
     compile: bool = False,
     validation_clips: int = 64,
@@ -147,11 +159,18 @@ def train_enhance(
     net = EnhanceNet(config)
     if start is not None:
         net.load_state_dict(load_weights(start)[0])
-    net = net.to(where, memory_format=torch.channels_last)
+    net = net.to(device=where).to(memory_format=torch.channels_last)  # type: ignore
     objective = EnhanceObjective(config, (speech, noise, mix), renderer, validation, batch, seed, loss)
     precision = "bf16" if where.type == "cuda" else "fp32"
     settings = TrainConfig(
-        out=out, steps=steps or 100_000, minutes=minutes, lr=lr, seed=seed, compile=compile, device=device, precision=precision
+        out=out,
+        steps=steps or 100_000,
+        minutes=minutes,
+        lr=lr,
+        seed=seed,
+        compile=compile,
+        device=device,
+        precision=precision,
     )
     result = train(net, objective, settings)
     record = {

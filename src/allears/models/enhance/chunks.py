@@ -1,6 +1,7 @@
 """Enhancement of a signal of any length in bounded memory: overlapping windows, joined by cross-fades.
 
-Where the windows lie, and the noise that each one starts from, follow from the absolute position in the signal: the output does not
+Where the windows lie, and the noise that each one starts from, follow from the absolute position in the signal: the
+output does not
 depend on how the signal was cut on its way in.
 
 Shapes: C channels, n samples, B windows, T frames, F bins.
@@ -24,7 +25,9 @@ Run = Callable[[Tensor, Tensor], Tensor]
 
 
 def prior_noise(config: EnhanceConfig, first_frame: int, frames: int, channel: int, seed: int) -> Tensor:
-    """z (T, F, 2) of a stretch of the signal; made in blocks seeded by their place, so that overlapping stretches agree."""
+    """z (T, F, 2) of a stretch of the signal; made in blocks seeded by their place, so that overlapping stretches
+    agree.
+    """
     bins = config.n_fft // 2 + 1
     blocks = []
     for block in range(first_frame // _BLOCK, (first_frame + frames - 1) // _BLOCK + 1):
@@ -90,13 +93,17 @@ class ChunkedEnhancer:
             part = heard[at : at + self._batch]
             batch = torch.from_numpy(np.stack([windows[i][c] for i, c in part]))
             first = [(start + i * self._shift) // self._config.hop for i, _ in part]
-            noise = torch.stack([prior_noise(self._config, f, frames, c, self._seed) for f, (_, c) in zip(first, part, strict=True)])
+            noise = torch.stack(
+                [prior_noise(self._config, f, frames, c, self._seed) for f, (_, c) in zip(first, part, strict=True)]
+            )
             for (i, c), y in zip(part, self._run(batch, noise).cpu().numpy(), strict=True):
                 out[i][c] = y
         return out
 
     def _joined(self, window: np.ndarray) -> np.ndarray:
-        """The window with its start (after the guard) cross-faded with what the last one left; it is longer than guard and fade."""
+        """The window with its start (after the guard) cross-faded with what the last one left; it is longer than
+        guard and fade.
+        """
         if self._tail is None:
             return window
         span = slice(self._guard, self._guard + len(self._fade_in))

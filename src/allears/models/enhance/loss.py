@@ -22,7 +22,8 @@ class LossWeights:
     """Weights of the terms, and how flow times are drawn.
 
     Args:
-        complex: squared error of the state: with the weight 1 / (t + 0.1) this is flow matching (velocity and x_0 errors differ by 1 / t).
+        complex: squared error of the state: with the weight 1 / (t + 0.1) this is flow matching (velocity and x_0
+            errors differ by 1 / t).
         magnitude: squared error of the state's magnitude.
         wave: absolute error of the waveform at level 1.
         spectra: absolute error of |X|^0.3 at three resolutions.
@@ -52,7 +53,9 @@ def _magnitudes(x: Tensor, stft: Stft) -> Tensor:
 def waveform_terms(estimate: Tensor, clean: Tensor) -> dict[str, Tensor]:
     """Per-clip terms (B,) between waveforms (B, S) at level 1."""
     wave = (estimate - clean).abs().mean(-1)
-    spectra = torch.stack([(_magnitudes(estimate, s) - _magnitudes(clean, s)).abs().mean((-1, -2)) for s in _RESOLUTIONS]).mean(0)
+    spectra = torch.stack(
+        [(_magnitudes(estimate, s) - _magnitudes(clean, s)).abs().mean((-1, -2)) for s in _RESOLUTIONS]
+    ).mean(0)
     signal, error = clean.square().mean(-1), (estimate - clean).square().mean(-1)
     ratio = 10 * torch.log10(error / (signal + 1e-3) + 1e-3)
     return {"wave": wave, "spectra": spectra, "snr_db": ratio}
@@ -64,7 +67,7 @@ def flow_loss(
     noisy: Tensor,
     clean: Tensor,
     generator: torch.Generator,
-    weights: LossWeights = LossWeights(),  # noqa: B008
+    weights: LossWeights = LossWeights(),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a batch of waveforms (B, S), and its terms averaged over clips."""
     device = noisy.device
@@ -82,7 +85,14 @@ def flow_loss(
         difference = (estimate - x0).square().sum(-1).mean((-1, -2))
         sizes = ((s.square().sum(-1) + 1e-6).sqrt() for s in (estimate, x0))
         magnitude = (next(sizes) - next(sizes)).square().mean((-1, -2))
-        terms = {"complex": difference, "magnitude": magnitude, **waveform_terms(to_waveform(estimate, clean.shape[-1], config), clean)}
+        terms = {
+            "complex": difference,
+            "magnitude": magnitude,
+            **waveform_terms(to_waveform(estimate, clean.shape[-1], config), clean),
+        }
         emphasis = 1.1 / (t + 0.1)
-        total = sum(getattr(weights, name) * value * (emphasis if name in ("complex", "magnitude") else 1.0) for name, value in terms.items())
+        total = sum(
+            getattr(weights, name) * value * (emphasis if name in ("complex", "magnitude") else 1.0)
+            for name, value in terms.items()
+        )
     return total.mean(), {name: value.mean().detach() for name, value in terms.items()}  # type: ignore[union-attr]

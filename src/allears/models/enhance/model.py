@@ -1,6 +1,7 @@
 """The enhancer's network: a small U-Net over time and frequency whose core is dual-path attention.
 
-Shapes: B batch, T frames, F bins, C channels; states are (B, T, F, 2), real and imaginary parts of the compressed spectrum.
+Shapes: B batch, T frames, F bins, C channels; states are (B, T, F, 2), real and imaginary parts of the compressed
+spectrum.
 """
 
 import torch
@@ -106,5 +107,7 @@ class EnhanceNet(nn.Module):
         out = self.leave(F.silu(self.leave_norm(wide).to(wide.dtype))).to(torch.float32)
         mask_real, mask_imag, real, imag = out.unbind(-1)
         y_real, y_imag = y.to(torch.float32).unbind(-1)
-        clean = torch.stack([mask_real * y_real - mask_imag * y_imag + real, mask_real * y_imag + mask_imag * y_real + imag], dim=-1)
+        clean = torch.stack(
+            [mask_real * y_real - mask_imag * y_imag + real, mask_real * y_imag + mask_imag * y_real + imag], dim=-1
+        )
         return clean[:, :frames]

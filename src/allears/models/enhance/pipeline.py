@@ -1,4 +1,6 @@
-"""The enhancer for users: waveforms and files of any rate, channel count and length in, the same out, without the noise."""
+"""The enhancer for users: waveforms and files of any rate, channel count and length in, the same out, without the
+noise.
+"""
 
 import logging
 import time
@@ -89,13 +91,14 @@ class Enhancer:
 
     def __init__(self, net: EnhanceNet, device: str | torch.device = "auto", name: str = "custom") -> None:
         self.device = resolve_device(device)
-        self.net = net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.net = net.to(device=self.device).to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore
         self.config: EnhanceConfig = net.config
         self.name = name
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path = DEFAULT, device: str | torch.device = "auto") -> "Enhancer":
-        """Load shipped weights by name, or your own from a folder (with ``weights.safetensors`` and ``weights.json``) or a path stem.
+        """Load shipped weights by name, or your own from a folder (with ``weights.safetensors`` and
+        ``weights.json``) or a path stem.
 
         Raises:
             WeightsError: nothing is found there, or it is corrupt or of another model.
@@ -103,7 +106,9 @@ class Enhancer:
         stem = _find_weights(name_or_folder)
         tensors, record = load_weights(stem)
         if record.get("model") != "enhance":
-            raise WeightsError(f"weights {str(stem)!r}: made for model {record.get('model')!r}, wanted 'enhance'; choose another file")
+            raise WeightsError(
+                f"weights {str(stem)!r}: made for model {record.get('model')!r}, wanted 'enhance'; choose another file"
+            )
         net = EnhanceNet(from_dict(EnhanceConfig, record.get("config"), f"{stem}.json: config"))
         check_keys(net, tensors)
         net.load_state_dict(tensors)
@@ -155,7 +160,8 @@ class Enhancer:
         seed: int = 0,
         on_progress: OnProgress | None = None,
     ) -> FileResult:
-        """Enhance a file in bounded memory, whatever its length. ``dst`` gets the rate, channels, length and, where its format allows, bit
+        """Enhance a file in bounded memory, whatever its length. ``dst`` gets the rate, channels, length and, where
+        its format allows, bit
         depth of ``src``; it appears under its name only when it is complete.
 
         Raises:
@@ -175,37 +181,56 @@ class Enhancer:
                     if on_progress is not None:
                         on_progress(Progress(done / info.sample_rate_hz, total, "s", Path(src).name))
                 writer.write(session.flush())
-        return FileResult(done / info.sample_rate_hz, time.perf_counter() - begun, info.sample_rate_hz, info.channels, done)
+        return FileResult(
+            done / info.sample_rate_hz, time.perf_counter() - begun, info.sample_rate_hz, info.channels, done
+        )
 
     def _session(self, channels: int, rate: int, steps: int | None, solver: str | None, seed: int) -> _Session:
         if not 4_000 <= rate <= 384_000:
             raise ValueError(f"sample_rate_hz: {rate} given; rates from 4000 to 384000 are taken")
 
         def run(windows: Tensor, noise: Tensor) -> Tensor:
-            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            with (
+                torch.inference_mode(),
+                torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
+            ):
                 return enhance(self.net, self.config, windows.to(self.device), steps, solver, noise.to(self.device))
 
         batch = 16 if self.device.type == "cuda" else 1
-        return _Session(ChunkedEnhancer(self.config, channels, run, seed, batch), channels, rate, self.config.sample_rate_hz)
+        return _Session(
+            ChunkedEnhancer(self.config, channels, run, seed, batch), channels, rate, self.config.sample_rate_hz
+        )
 
 
 def _find_weights(name_or_folder: str | Path) -> Path:
     given = Path(name_or_folder)
-    for stem in (given / "weights", given.with_name(given.name.removesuffix(".safetensors")), SHIPPED / str(name_or_folder)):
+    for stem in (
+        given / "weights",
+        given.with_name(given.name.removesuffix(".safetensors")),
+        SHIPPED / str(name_or_folder),
+    ):
         if stem.with_name(stem.name + ".json").is_file() or stem.with_name(stem.name + ".safetensors").is_file():
             return stem
     shipped = ", ".join(sorted(path.stem for path in SHIPPED.glob("enhance*.json"))) or "none"
-    raise WeightsError(f"model: {str(name_or_folder)!r} is neither shipped weights ({shipped}) nor a folder with weights.safetensors")
+    raise WeightsError(
+        f"model: {str(name_or_folder)!r} is neither shipped weights ({shipped}) nor a folder with weights.safetensors"
+    )
 
 
 def _as_batch(audio: np.ndarray | Tensor) -> np.ndarray:
     """(B, C, T) float32, checked."""
     floating = audio.is_floating_point() if isinstance(audio, Tensor) else np.issubdtype(audio.dtype, np.floating)
     if not floating:
-        raise ValueError(f"audio: dtype {audio.dtype} given; floating samples in [-1, 1] are wanted (int16: divide by 32768)")
+        raise ValueError(
+            f"audio: dtype {audio.dtype} given; floating samples in [-1, 1] are wanted (int16: divide by 32768)"
+        )
     if not 1 <= audio.ndim <= 3 or 0 in audio.shape:
-        raise ValueError(f"audio: shape {tuple(audio.shape)} given; (T,), (C, T) or (B, C, T) with at least one sample is wanted")
+        raise ValueError(
+            f"audio: shape {tuple(audio.shape)} given; (T,), (C, T) or (B, C, T) with at least one sample is wanted"
+        )
     x = audio.detach().cpu().float().numpy() if isinstance(audio, Tensor) else audio.astype(np.float32, copy=False)
     if not np.isfinite(x).all():
-        raise ValueError(f"audio: {np.count_nonzero(~np.isfinite(x))} samples are NaN or infinite; replace them first (numpy.nan_to_num)")
+        raise ValueError(
+            f"audio: {np.count_nonzero(~np.isfinite(x))} samples are NaN or infinite; see numpy.nan_to_num"
+        )
     return x.reshape((1,) * (3 - x.ndim) + x.shape)

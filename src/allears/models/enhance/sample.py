@@ -35,5 +35,11 @@ def enhance(
     path = LinearPath(config.sigma)
     z = path.noise(y, generator) if noise is None else noise
     start = path.prior(y if config.prior == "noisy" else torch.zeros_like(y), z)
-    clean = integrate(lambda x, t: net(x, y, t).to(torch.float32), path, start, time_grid(steps or config.steps), SOLVERS[solver or config.solver])
+    clean = integrate(
+        lambda x, t: net(x, y, t).to(torch.float32),
+        path,
+        start,
+        time_grid(steps or config.steps),
+        SOLVERS[solver or config.solver],
+    )
     return to_waveform(clean, noisy.shape[-1], config) * level

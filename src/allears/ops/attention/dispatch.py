@@ -34,7 +34,9 @@ class Choice:
 
 def _sdpa_refuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> str:
     if spec.causal and q.shape[1] > k.shape[1]:
-        return "with more queries than keys, causal attention leaves the first queries without a key, where it gives NaN"
+        return (
+            "with more queries than keys, causal attention leaves the first queries without a key, where it gives NaN"
+        )
     return ""
 
 
@@ -59,7 +61,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}; B and D must be equal")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"k: {k.shape[2]} heads do not divide q's {q.shape[2]}; grouped-query attention needs a multiple")
+        raise ValueError(
+            f"k: {k.shape[2]} heads do not divide q's {q.shape[2]}; grouped-query attention needs a multiple"
+        )
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype} given; all three must be one floating dtype")
     if mask is not None:
@@ -74,7 +78,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
             raise ValueError(f"mask: shape {tuple(mask.shape)} does not broadcast to (B, H, L_q, L_k) = {wanted}")
 
 
-def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> tuple[Backend, dict[str, str]]:
+def _choose(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec
+) -> tuple[Backend, dict[str, str]]:
     if spec.kernel != "auto":
         named = next((backend for backend in _BACKENDS if backend.name == spec.kernel), None)
         if named is None:
@@ -100,7 +106,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec | None = None
         q: (B, L_q, H, D).
         k, v: (B, L_k, G, D) with H a multiple of G (grouped-query attention).
         spec: what kind; the default is dense and bidirectional.
-        mask: broadcastable to (B, H, L_q, L_k); boolean (True = look) or added to the logits. Each query must keep at least one key.
+        mask: broadcastable to (B, H, L_q, L_k); boolean (True = look) or added to the logits.
+            Each query must keep at least one key.
 
     Returns:
         (B, L_q, H, D), in the dtype of ``q``. Inputs are never changed.

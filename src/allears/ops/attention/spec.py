@@ -8,8 +8,10 @@ class AttentionSpec:
     """Choice of attention.
 
     Args:
-        kernel: ``"auto"`` takes the first kernel that can run the call; a name (see ``backends()``) takes that one or fails with its reason.
-        causal: query ``i`` of ``L_q`` sees keys up to ``i + L_k - L_q`` (aligned at the bottom right, as KV-cache decoding needs).
+        kernel: ``"auto"`` takes the first kernel that can run the call; a name (see ``backends()``) takes that one
+            or fails with its reason.
+        causal: query ``i`` of ``L_q`` sees keys up to ``i + L_k - L_q`` (aligned at the bottom right, as KV-cache
+            decoding needs).
         scale: factor on the logits; ``None`` means ``1 / sqrt(D)``.
     """
 

@@ -14,8 +14,11 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
-    """q (B, L_q, H, D), k and v (B, L_k, G, D), mask broadcastable to (B, H, L_q, L_k): boolean (True = look) or added to the logits.
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
+    """q (B, L_q, H, D), k and v (B, L_k, G, D), mask broadcastable to (B, H, L_q, L_k):
+    boolean (True = look) or added to the logits.
 
     A query that may look at nothing gives zeros.
     """

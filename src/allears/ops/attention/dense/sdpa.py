@@ -1,4 +1,6 @@
-"""torch's scaled_dot_product_attention in our layout: it picks cuDNN, flash, memory-efficient or plain kernels itself."""
+"""torch's scaled_dot_product_attention in our layout: it picks cuDNN, flash, memory-efficient or plain kernels
+itself.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,9 @@ from allears.ops.attention.dense.reference import causal_mask
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
-    """As :func:`reference_attention`, in the dtype of the inputs; a masked call must leave each query at least one key."""
+    """As :func:`reference_attention`, in the dtype of the inputs; a masked call must leave each query at least one
+    key.
+    """
     flag = causal and mask is None and q.shape[1] == k.shape[1]
     if causal and not flag:
         look = causal_mask(q.shape[1], k.shape[1], q.device)
