@@ -33,12 +33,18 @@ def _tar(files: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
+def _zstd(data: bytes) -> bytes:
+    import zstandard
+
+    return zstandard.ZstdCompressor().compress(data)
+
+
 def make_deb(
     folder: Path, name: str, files: dict[str, bytes], *, version: str = "1.0-1", suffix: str = "xz", file_name: str = ""
 ) -> Path:
     """Write NAME_VERSION_all.deb into ``folder``."""
     control = f"Package: {name}\nVersion: {version}\nArchitecture: all\nDescription: a test\n more: of it\n".encode()
-    compress = {"xz": lzma.compress, "gz": gzip.compress, "tar": lambda data: data}[suffix]
+    compress = {"xz": lzma.compress, "gz": gzip.compress, "tar": bytes, "bz2": bytes, "zst": _zstd}[suffix]
     ending = "tar" if suffix == "tar" else f"tar.{suffix}"
     members = {
         "debian-binary": b"2.0\n",

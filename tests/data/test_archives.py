@@ -1,4 +1,5 @@
 import struct
+import sys
 import zlib
 
 import debs
@@ -41,6 +42,17 @@ def test_members_come_out_whole_and_in_order(tmp_path, suffix):
     assert deb_control(deb)["Package"] == "tiny" and deb_control(deb)["Version"] == "2:3.4-5"
     assert list(deb_members(deb, take_all)) == list(files.items())
     assert [name for name, _ in deb_members(deb, lambda name: name.endswith(".txt"))] == ["usr/b.txt"]
+
+
+def test_zstd_and_unknown_compression(tmp_path, monkeypatch):
+    pytest.importorskip("zstandard")
+    deb = debs.make_deb(tmp_path, "small", {"usr/a": b"x" * 5000}, suffix="zst")
+    assert list(deb_members(deb, take_all)) == [("usr/a", b"x" * 5000)]
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(CorpusError, match="pip install zstandard"):
+        deb_members(deb, take_all)
+    with pytest.raises(CorpusError, match="unknown compression 'bz2'"):
+        deb_control(debs.make_deb(tmp_path, "odd", {}, suffix="bz2"))
 
 
 @pytest.mark.parametrize("name", SEALED)

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import debs
 import numpy as np
@@ -130,6 +131,18 @@ def test_resumes_where_it_stopped(made, tmp_path):
     full = prepare(tmp_path / "c", packages_dir, packages=table)
     assert {item.package for item in full} == {"talk", "sounds", "other"}
     assert first == {path: path.stat().st_mtime_ns for path in (tmp_path / "c/speech").rglob("*.flac")}
+
+
+def test_known_copies_and_licences_need_no_new_build(made, tmp_path):
+    packages_dir, table = made
+    before = prepare(tmp_path / "c", packages_dir, packages=table)
+    for deb in packages_dir.iterdir():
+        deb.unlink()
+    table = table | {"sounds": replace(table["sounds"], copies=r"sounds/Door|!sound/bark", licence="GPL-2+")}
+    after = prepare(tmp_path / "c", packages_dir, packages=table)
+    gone = {item.source_path for item in before} - {item.source_path for item in after}
+    assert gone == {"usr/share/g/sounds/DoorSlam.wav", "usr/share/g/data.pk3!sound/bark.wav"}
+    assert {item.licence for item in after if item.package == "sounds"} == {"GPL-2+"}
 
 
 def test_builds_are_reproducible(made, tmp_path):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from allears.core.errors import CorpusError, require
+from allears.core.errors import CorpusError
 
 SEALED_PACKAGES = re.compile(
     r"(torcs-data.*|ufoai-sound|unknown-horizons|searchandrescue-data|(python3-)?moonshine-voice"
@@ -81,11 +81,11 @@ def _decompressor(name: str, raw: io.BufferedReader) -> IO[bytes]:
     if suffix == "tar":
         return raw
     if suffix == "zst":
-        return (
-            require("zstandard", "media", "reading a package compressed with zstd")
-            .ZstdDecompressor()
-            .stream_reader(raw)
-        )
+        try:
+            import zstandard
+        except ImportError as error:
+            raise CorpusError(f"{name}: packed with zstd; reading it needs: pip install zstandard") from error
+        return zstandard.ZstdDecompressor().stream_reader(raw)
     raise CorpusError(f"{name}: unknown compression {suffix!r}; xz, gz, zst and none are known")
 
 

@@ -190,12 +190,9 @@ class MixSampler:
         at = 0
         while at < frames and len(segments) < 64:
             length = min(whole - offset, frames - at)
-            if length > 200:
-                segments.append(Segment(self.noise.items[index].id, int(offset * speed), at, length, 0.0, speed))
-                at += length
+            segments.append(Segment(self.noise.items[index].id, int(offset * speed), at, length, 0.0, speed))
+            at += max(length, 800)
             offset = 0
-            if whole < 400:
-                at += 800
         return tuple(segments)
 
     def _events(self, frames: int) -> tuple[Segment, ...]:

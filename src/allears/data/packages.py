@@ -45,7 +45,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Package:
-    """A package: pinned version and checksum (a prefix is enough), licence, split, and the rules for its members."""
+    """A package: pinned version and checksum (a prefix is enough), licence, split, and the rules for its members.
+
+    ``copies`` is found in the paths of members that are known to be in another split too, under another coding.
+    """
 
     name: str
     version: str
@@ -55,6 +58,7 @@ class Package:
     rules: tuple[Rule, ...] = ()
     texts: str | None = None
     texts_from: str | None = None
+    copies: str | None = None
 
     def __post_init__(self) -> None:
         refuse_sealed(self.name)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -96,7 +97,9 @@ def prepare(
                 json.dumps({"key": key, "left_out": left_out, "items": [item_to_dict(item) for item in made]})
             )
             os.replace(part, state)
-        items += [replace(item, licence=package.licence) for item in made]
+        for item in made:
+            if not (package.copies and re.search(package.copies, item.source_path)):
+                items.append(replace(item, licence=package.licence))
     unique = [_without_wrong_text(item) for item in _drop_duplicates(items)]
     log.info("%d duplicates dropped", len(items) - len(unique))
     if leaks := check_splits(unique):
@@ -111,7 +114,7 @@ def _build_key(
     package: Package, source: Package | None, codec: str, kinds: Collection[str], allow_other_versions: bool
 ) -> str:
     """Hash of all that decides what is built from ``package``: another one means that it must be built again."""
-    inputs = [_STATE_FORM, asdict(replace(package, licence="")), source and source.sha256]
+    inputs = [_STATE_FORM, asdict(replace(package, licence="", copies=None)), source and source.sha256]
     inputs += [codec, sorted(kinds), allow_other_versions]
     if any(rule.kind == "sound" for rule in package.rules):
         inputs.append(TABLE_DIGEST)

@@ -93,7 +93,7 @@ def _lay(
             values = values / power.sqrt().clamp_min(1e-5)
         values = values * gain[:, None]
         where = target[:, None] + n
-        out.index_add_(0, where[inside], values[inside])
+        out.index_add_(0, where.clamp_max(batch * frames - 1).flatten(), values.flatten())  # zeros beyond a segment's end
     return out.view(batch, frames)
 
 
@@ -119,19 +119,15 @@ def _synthetic(specs: list[Synthetic | None], frames: int, device: torch.device)
     return out.to(device)
 
 
-def _curve(
-    gains: list[tuple[float, ...] | None], lowpass: list[float | None], size: int, device: torch.device
-) -> Tensor:
+def _curve(gains: list[tuple[float, ...] | None], lowpass: list[float | None], size: int, device: torch.device) -> Tensor:
     """Zero-phase filter (B, size / 2 + 1): octave gains joined in log frequency, and a steep low-pass."""
-    frequency = np.fft.rfftfreq(size, 1 / RATE)
-    octaves = np.log2(np.maximum(frequency, 60.0))
-    rows = np.ones((len(gains), len(frequency)), dtype=np.float32)
-    for row, (eq, cut) in enumerate(zip(gains, lowpass, strict=True)):
-        if eq is not None:
-            rows[row] *= 10 ** (np.interp(octaves, np.log2(OCTAVES_HZ), eq) / 20)
-        if cut is not None:
-            rows[row] /= np.sqrt(1 + (frequency / cut) ** 32)
-    return torch.from_numpy(rows).to(device)
+    frequency = torch.fft.rfftfreq(size, 1 / RATE, device=device)
+    place = torch.log2(frequency.clamp(OCTAVES_HZ[0], OCTAVES_HZ[-1]) / OCTAVES_HZ[0])
+    hats = (1 - (place - torch.arange(len(OCTAVES_HZ), device=device)[:, None]).abs()).clamp_min(0)
+    flat = (0.0,) * len(OCTAVES_HZ)
+    decibels = torch.tensor([gain or flat for gain in gains], device=device, dtype=torch.float32) @ hats
+    cut = torch.tensor([hertz or 1e9 for hertz in lowpass], device=device, dtype=torch.float32)[:, None]
+    return 10 ** (decibels / 20) / (1 + (frequency / cut) ** 32).sqrt()
 
 
 def _through_codec(x: Tensor, codec: str) -> Tensor:
