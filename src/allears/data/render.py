@@ -28,6 +28,12 @@ _GROUP = 48
 OCTAVES_HZ = (125.0, 250.0, 500.0, 1000.0, 2000.0, 4000.0, 8000.0)
 
 
+def _on(device: torch.device, values: Any, kind: Any = np.float32) -> Tensor:
+    """A small host array on ``device`` without waiting for the work that is queued there."""
+    tensor = torch.from_numpy(np.asarray(values, dtype=kind))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def active_rms(x: Tensor, frame: int = 320, range_db: float = 35.0) -> Tensor:
     """RMS (B, 1) of x (B, T) over its 20 ms frames within ``range_db`` of the loudest; 0 for silence."""
     energy = x[:, : x.shape[1] // frame * frame].unflatten(1, (-1, frame)).square().mean(-1)
@@ -79,9 +85,9 @@ def _lay(
             ],
             dtype=np.int64,
         )
-        first, last, begin, length, target = torch.from_numpy(table).to(flat.device).unbind(1)
-        speed = torch.tensor([segment.speed for _, segment in group], device=flat.device, dtype=torch.float32)
-        gain = torch.tensor([10 ** (segment.gain_db / 20) for _, segment in group], device=flat.device)
+        first, last, begin, length, target = _on(flat.device, table, np.int64).unbind(1)
+        speed = _on(flat.device, [segment.speed for _, segment in group])
+        gain = _on(flat.device, [10 ** (segment.gain_db / 20) for _, segment in group])
         count = max(segment.length for _, segment in group)
         n = torch.arange(count, device=flat.device)
         inside = n < length[:, None]
@@ -93,7 +99,9 @@ def _lay(
             values = values / power.sqrt().clamp_min(1e-5)
         values = values * gain[:, None]
         where = target[:, None] + n
-        out.index_add_(0, where.clamp_max(batch * frames - 1).flatten(), values.flatten())  # zeros beyond a segment's end
+        out.index_add_(
+            0, where.clamp_max(batch * frames - 1).flatten(), values.flatten()
+        )  # zeros beyond a segment's end
     return out.view(batch, frames)
 
 
@@ -116,17 +124,19 @@ def _synthetic(specs: list[Synthetic | None], frames: int, device: torch.device)
             )
             shaped = 0.5 * shaped + hum.to(torch.float32)  # type: ignore[union-attr]
         out[row] = shaped / shaped.square().mean().sqrt().clamp_min(1e-8) * 10 ** (spec.gain_db / 20)
-    return out.to(device)
+    return _on(device, out.numpy())
 
 
-def _curve(gains: list[tuple[float, ...] | None], lowpass: list[float | None], size: int, device: torch.device) -> Tensor:
+def _curve(
+    gains: list[tuple[float, ...] | None], lowpass: list[float | None], size: int, device: torch.device
+) -> Tensor:
     """Zero-phase filter (B, size / 2 + 1): octave gains joined in log frequency, and a steep low-pass."""
     frequency = torch.fft.rfftfreq(size, 1 / RATE, device=device)
     place = torch.log2(frequency.clamp(OCTAVES_HZ[0], OCTAVES_HZ[-1]) / OCTAVES_HZ[0])
     hats = (1 - (place - torch.arange(len(OCTAVES_HZ), device=device)[:, None]).abs()).clamp_min(0)
     flat = (0.0,) * len(OCTAVES_HZ)
-    decibels = torch.tensor([gain or flat for gain in gains], device=device, dtype=torch.float32) @ hats
-    cut = torch.tensor([hertz or 1e9 for hertz in lowpass], device=device, dtype=torch.float32)[:, None]
+    decibels = _on(device, [gain or flat for gain in gains]) @ hats
+    cut = _on(device, [hertz or 1e9 for hertz in lowpass])[:, None]
     return 10 ** (decibels / 20) / (1 + (frequency / cut) ** 32).sqrt()
 
 
@@ -222,16 +232,14 @@ class Renderer:
         if noise_rooms is not None:
             noises = noises * torch.fft.rfft(noise_rooms[0], n=size)
         noise = torch.fft.irfft(noises, n=size)[:, :frames]
-        snr = torch.tensor([spec.snr_db if spec.snr_db is not None else math.inf for spec in specs], device=device)[
-            :, None
-        ]
+        snr = _on(device, [spec.snr_db if spec.snr_db is not None else math.inf for spec in specs])[:, None]
         voice_level, noise_level = active_rms(heard), noise.square().mean(-1, keepdim=True).sqrt()
         wanted = torch.where(voice_level > 1e-6, voice_level, torch.full_like(voice_level, 0.05)) * 10 ** (-snr / 20)
         noisy = heard + noise * wanted / noise_level.clamp_min(1e-8)
         return self._finish(specs, noisy, target)
 
     def _finish(self, specs: list[MixSpec], noisy: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        level = torch.tensor([spec.level_db for spec in specs], device=self.device)[:, None]
+        level = _on(self.device, [spec.level_db for spec in specs])[:, None]
         gain = 10 ** (level / 20) / noisy.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
         peak = torch.maximum(noisy.abs().amax(-1, keepdim=True), target.abs().amax(-1, keepdim=True))
         gain = torch.minimum(gain, 0.98 / peak.clamp_min(1e-6))

@@ -109,9 +109,7 @@ class RirBank:
             return rir, self._early[index]
         if "item" in reference:
             if reference["item"] not in self.recorded:
-                raise CorpusError(
-                    f"rirs: no recorded response {reference['item']!r} here; run 'allears data prepare'"
-                )
+                raise CorpusError(f"rirs: no recorded response {reference['item']!r} here; run 'allears data prepare'")
             rir = self.recorded[reference["item"]]
         elif "room" in reference:
             room = from_dict(Room, reference["room"])
