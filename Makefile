@@ -11,6 +11,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 CORPUS ?= corpus
+TEST_SET ?= benchmarks/sets/enhance-test.jsonl
+SCORED := announcement-in-a-crowd.flac
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
@@ -23,7 +25,7 @@ STAMPS := $(VENV)/.stamps
 .PHONY: help demo test lint base-install bench clean distclean
 
 help:
-	@echo "make demo   clean the recordings of demo/ into out/, with a report and scores"
+	@echo "make demo   clean the recordings of demo/noisy into out/, with a report and scores"
 	@echo "make test   lint, base install, all tests"
 	@echo "make lint   ruff, import-linter, pyrefly"
 	@echo "make bench  run the benchmarks and write benchmarks/results/"
@@ -49,7 +51,11 @@ $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml
 	touch $@ $(STAMPS)/demo
 
 demo: $(STAMPS)/demo
-	$(BIN)/allears enhance demo -o out --report --overwrite
+	$(BIN)/allears enhance demo/noisy -o out --report --overwrite
+	@echo "against the clean recording, before:"
+	$(BIN)/allears eval files demo/noisy/$(SCORED) -r demo/clean/$(SCORED)
+	@echo "after:"
+	$(BIN)/allears eval files out/$(SCORED) -r demo/clean/$(SCORED)
 	@echo "listen: out/, and open out/report.html in a browser"
 
 lint: $(STAMPS)/dev
@@ -70,11 +76,8 @@ $(STAMPS)/peers: $(STAMPS)/dev benchmarks/requirements-peers.txt
 
 bench: $(STAMPS)/peers
 	$(PY) -m benchmarks enhance_speed
-ifdef TEST_SET
+	@test -f $(CORPUS)/manifest.jsonl || { echo "make: scores need the corpus: $(BIN)/allears data prepare $(CORPUS)" >&2; exit 2; }
 	$(PY) -m benchmarks enhance $(TEST_SET) --corpus $(CORPUS)
-else
-	@echo "scores: make bench TEST_SET=manifest.jsonl CORPUS=folder (allears data prepare builds the corpus)"
-endif
 
 clean:
 	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .pyrefly_cache

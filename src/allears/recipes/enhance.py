@@ -157,8 +157,11 @@ def train_enhance(
     renderer = Renderer(speech, noise, RirBank.simulate(rirs, seed, where) if rirs else None, where)
     validation = _validation_set(corpus, validation_clips, min(64, validation_clips) if rirs else 0, where)
     net = EnhanceNet(config)
+    before = None
     if start is not None:
-        net.load_state_dict(load_weights(start)[0])
+        tensors, origin = load_weights(start)
+        net.load_state_dict(tensors)
+        before = origin.get("training")
     net = net.to(device=where).to(memory_format=torch.channels_last)  # type: ignore
     objective = EnhanceObjective(config, (speech, noise, mix), renderer, validation, batch, seed, loss)
     precision = "bf16" if where.type == "cuda" else "fp32"
@@ -178,6 +181,7 @@ def train_enhance(
         "config": to_dict(config),
         "training": {
             "recipe": "enhance",
+            "started_from": before,
             "preset": preset,
             "steps": result.step,
             "seconds_of_training": round(result.elapsed_s),

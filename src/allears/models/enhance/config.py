@@ -32,7 +32,7 @@ class EnhanceConfig:
     widths: tuple[int, int, int] = (32, 64, 128)
     blocks: int = 8
     heads: int = 4
-    steps: int = 2
+    steps: int = 1
     solver: Literal["euler", "midpoint", "heun"] = "euler"
 
     def __post_init__(self) -> None:
