@@ -19,4 +19,4 @@ def rope_table(length: int, head_dim: int, device: torch.device, base: float = 1
 def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate x (B, L, H, D) by position."""
     cos, sin = (part[:, None, :].to(x.dtype) for part in table)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin

@@ -20,17 +20,18 @@ from allears.core.config import from_dict
 from allears.core.device import resolve_device
 from allears.core.errors import WeightsError
 from allears.core.progress import OnProgress, Progress
-from allears.core.weights import check_keys, load_weights
+from allears.core.weights import check_keys, load_weights, weight_paths
 from allears.models.enhance.chunks import ChunkedEnhancer
 from allears.models.enhance.config import EnhanceConfig
 from allears.models.enhance.model import EnhanceNet
-from allears.models.enhance.sample import enhance
+from allears.models.enhance.sample import enhance, sampler
 
 log = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).resolve().parents[2] / "weights"
 DEFAULT = "enhance-base"
 _BLOCK_FRAMES = 65_536
+_LOUDEST = 1e15  # full scale is 1; squares of larger samples leave float32
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class _Session:
         self._out = 0
 
     def push(self, x: np.ndarray) -> np.ndarray:
+        if (peak := float(np.abs(x).max(initial=0.0))) > _LOUDEST:
+            raise ValueError(f"audio: a sample of size {peak:.1e}; full scale is 1, and {_LOUDEST:.0e} the most taken")
         self._in += x.shape[1]
         y = self._chunked.push(self._down.push(x) if self._down else x)
         return self._trim(self._up.push(y) if self._up else y)
@@ -109,7 +112,11 @@ class Enhancer:
             raise WeightsError(
                 f"weights {str(stem)!r}: made for model {record.get('model')!r}, wanted 'enhance'; choose another file"
             )
-        net = EnhanceNet(from_dict(EnhanceConfig, record.get("config"), f"{stem}.json: config"))
+        try:
+            config = from_dict(EnhanceConfig, record.get("config"), "config")
+        except ValueError as error:
+            raise WeightsError(f"weights {f'{stem}.json'!r}: {error}") from error
+        net = EnhanceNet(config)
         check_keys(net, tensors)
         net.load_state_dict(tensors)
         return cls(net, device, stem.name)
@@ -140,7 +147,7 @@ class Enhancer:
             The same kind, shape and rate.
 
         Raises:
-            ValueError: not floating, not finite, empty, or of another shape.
+            ValueError: not floating, not finite, empty, or of another shape; or an option is out of its range.
         """
         x = _as_batch(audio)
         session = self._session(x.shape[0] * x.shape[1], sample_rate_hz, steps, solver, seed)
@@ -166,6 +173,7 @@ class Enhancer:
 
         Raises:
             AudioFileError: ``src`` cannot be read or ``dst`` cannot be written.
+            ValueError: an option is out of its range.
         """
         begun = time.perf_counter()
         with AudioReader(src, block_frames=_BLOCK_FRAMES) as reader:
@@ -188,6 +196,9 @@ class Enhancer:
     def _session(self, channels: int, rate: int, steps: int | None, solver: str | None, seed: int) -> _Session:
         if not 4_000 <= rate <= 384_000:
             raise ValueError(f"sample_rate_hz: {rate} given; rates from 4000 to 384000 are taken")
+        if seed < 0:
+            raise ValueError(f"seed: {seed} given; a whole number from 0 up is wanted")
+        steps, solver = sampler(self.config, steps, solver)
 
         def run(windows: Tensor, noise: Tensor) -> Tensor:
             with (
@@ -204,12 +215,11 @@ class Enhancer:
 
 def _find_weights(name_or_folder: str | Path) -> Path:
     given = Path(name_or_folder)
-    for stem in (
-        given / "weights",
-        given.with_name(given.name.removesuffix(".safetensors")),
-        SHIPPED / str(name_or_folder),
-    ):
-        if stem.with_name(stem.name + ".json").is_file() or stem.with_name(stem.name + ".safetensors").is_file():
+    stems = [given / "weights"]
+    if given.name:  # "." and "/" have none
+        stems += [weight_paths(given)[0].with_suffix(""), SHIPPED / given]
+    for stem in stems:
+        if any(path.is_file() for path in weight_paths(stem)):
             return stem
     shipped = ", ".join(sorted(path.stem for path in SHIPPED.glob("enhance*.json"))) or "none"
     raise WeightsError(

@@ -10,6 +10,20 @@ from allears.models.enhance.model import EnhanceNet
 from allears.models.enhance.state import level_of, to_state, to_waveform
 
 
+def sampler(config: EnhanceConfig, steps: int | None, solver: str | None) -> tuple[int, str]:
+    """Steps and solver to sample with; ``None`` takes the configuration's.
+
+    Raises:
+        ValueError: the steps are not 1 to 30, or the solver is unknown.
+    """
+    steps, solver = config.steps if steps is None else steps, config.solver if solver is None else solver
+    if not 1 <= steps <= 30:
+        raise ValueError(f"steps: {steps} given; 1 to 30 make sense here")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: {solver!r} is unknown; known are {', '.join(SOLVERS)}")
+    return steps, solver
+
+
 def enhance(
     net: EnhanceNet | torch.nn.Module,
     config: EnhanceConfig,
@@ -25,11 +39,11 @@ def enhance(
         steps: solver steps, 1 to 30; the default is the configuration's.
         solver: ``euler``, ``midpoint`` or ``heun``; the last two call the network twice a step.
         noise: z of the prior, in the shape of the state; drawn from ``generator`` if not given.
+
+    Raises:
+        ValueError: see :func:`sampler`.
     """
-    if not 1 <= (steps or config.steps) <= 30:
-        raise ValueError(f"steps: {steps} given; 1 to 30 make sense here")
-    if (solver or config.solver) not in SOLVERS:
-        raise ValueError(f"solver: {solver!r} is unknown; known are {', '.join(SOLVERS)}")
+    steps, solver = sampler(config, steps, solver)
     level = level_of(noisy)
     y = to_state(noisy / level, config)
     path = LinearPath(config.sigma)
@@ -39,7 +53,7 @@ def enhance(
         lambda x, t: net(x, y, t).to(torch.float32),
         path,
         start,
-        time_grid(steps or config.steps),
-        SOLVERS[solver or config.solver],
+        time_grid(steps),
+        SOLVERS[solver],
     )
     return to_waveform(clean, noisy.shape[-1], config) * level
