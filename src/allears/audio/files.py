@@ -150,7 +150,7 @@ class AudioReader:
             first = position + int(np.flatnonzero(~good.all(axis=0))[0])
             raise AudioFileError(
                 f"{self.path}: sample {first} is NaN or infinite ({bad} such in this block); "
-                "repair the file, or pass on_nonfinite='zero'"
+                "repair the file, or read it in Python with on_nonfinite='zero'"
             )
         self._replaced += bad
         return np.where(good, block, np.float32(0))

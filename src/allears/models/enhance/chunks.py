@@ -24,14 +24,14 @@ Run = Callable[[Tensor, Tensor], Tensor]
 """(windows (B, n), noise (B, T, F, 2)) to enhanced windows (B, n)."""
 
 
-def prior_noise(config: EnhanceConfig, first_frame: int, frames: int, channel: int, seed: int) -> Tensor:
+def prior_noise(config: EnhanceConfig, first_frame: int, frames: int, seed: int) -> Tensor:
     """z (T, F, 2) of a stretch of the signal; made in blocks seeded by their place, so that overlapping stretches
-    agree.
+    agree. All channels start from the same noise, which keeps what differs between them.
     """
     bins = config.n_fft // 2 + 1
     blocks = []
     for block in range(first_frame // _BLOCK, (first_frame + frames - 1) // _BLOCK + 1):
-        rng = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, channel, block]).generate_state(1)[0]))
+        rng = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, 0, block]).generate_state(1)[0]))
         blocks.append(torch.randn(_BLOCK, bins, 2, generator=rng))
     offset = first_frame % _BLOCK
     return torch.cat(blocks)[offset : offset + frames]
@@ -93,9 +93,7 @@ class ChunkedEnhancer:
             part = heard[at : at + self._batch]
             batch = torch.from_numpy(np.stack([windows[i][c] for i, c in part]))
             first = [(start + i * self._shift) // self._config.hop for i, _ in part]
-            noise = torch.stack(
-                [prior_noise(self._config, f, frames, c, self._seed) for f, (_, c) in zip(first, part, strict=True)]
-            )
+            noise = torch.stack([prior_noise(self._config, f, frames, self._seed) for f in first])
             for (i, c), y in zip(part, self._run(batch, noise).cpu().numpy(), strict=True):
                 out[i][c] = y
         return out
