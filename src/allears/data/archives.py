@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import IO
 
@@ -82,7 +83,7 @@ def _decompressor(name: str, raw: io.BufferedReader) -> IO[bytes]:
         return raw
     if suffix == "zst":
         try:
-            import zstandard
+            zstandard = import_module("zstandard")
         except ImportError as error:
             raise CorpusError(f"{name}: packed with zstd; reading it needs: pip install zstandard") from error
         return zstandard.ZstdDecompressor().stream_reader(raw)
