@@ -80,7 +80,7 @@ def test_sealed_files_are_never_offered_nor_read(tmp_path):
 
 def test_open_packages_pass():
     for name in ("festvox-ru", "asterisk-core-sounds-fr", "torcs", "moonshine"):
-        refuse_sealed(name)
+        assert refuse_sealed(name) is None
 
 
 def test_damage_is_told(tmp_path):
