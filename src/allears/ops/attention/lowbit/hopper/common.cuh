@@ -1,0 +1,140 @@
+// Hopper building blocks: barriers, bulk tensor copies, warpgroup matrix products. No headers are needed: NVRTC compiles this
+// file at first use.
+//
+// Accumulator fragment of a 64 x N product (thread t of a warpgroup, warp w = t / 32, g = t % 32 / 4, q = t % 4):
+// register 4 j + e holds row 16 w + g + 8 (e / 2), column 8 j + 2 q + e % 2.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+typedef unsigned char u8;
+
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
+#define DEVICE static __device__ __forceinline__
+#define INFINITY_F __int_as_float(0x7f800000)
+
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// ---- barriers in shared memory
+
+DEVICE void barrier_init(u32 bar, u32 count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count)); }
+
+DEVICE void barrier_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+
+DEVICE void barrier_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
+
+DEVICE void barrier_wait(u32 bar, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(bar),
+      "r"(parity)
+      : "memory");
+}
+
+DEVICE void group_sync(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+
+DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- bulk tensor copies
+
+DEVICE void copy_3d(u32 dst, const TensorMap* map, u32 bar, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst),
+      "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
+DEVICE void copy_4d(u32 dst, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
+      "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+DEVICE void copy_bytes(u32 dst, const void* src, u32 bytes, u32 bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src),
+               "r"(bytes), "r"(bar)
+               : "memory");
+}
+
+// ---- numbers
+
+DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+DEVICE float max_nan(float a, float b) {  // NaN if either is
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+DEVICE u32 pack_e4m3(float a, float b, float c, float d) {  // a in the lowest byte
+  u32 r;
+  asm("{\n.reg .b16 lo, hi;\ncvt.rn.satfinite.e4m3x2.f32 lo, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 hi, %4, %3;\nmov.b32 %0, {lo, hi};\n}"
+      : "=r"(r)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return r;
+}
+
+#define MAGIC 12582912.0f  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+
+DEVICE u32 pack_bytes(float a, float b, float c, float d) {  // integers + MAGIC, a in the lowest byte
+  u32 lo = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);
+  u32 hi = __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040);
+  return __byte_perm(lo, hi, 0x5410);
+}
+
+// The 16-bit type of inputs and outputs: bfloat16, or float16 where IN_FP16 is set.
+DEVICE void unpack16(u32 x, float& lo, float& hi) {
+#if IN_FP16
+  asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}" : "=f"(lo), "=f"(hi) : "r"(x));
+#else
+  lo = __uint_as_float(x << 16);
+  hi = __uint_as_float(x & 0xffff0000u);
+#endif
+}
+
+DEVICE u32 pack16(float lo, float hi) {
+  u32 r;
+#if IN_FP16
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+#endif
+  return r;
+}
+
+// ---- warpgroup matrix products
+
+DEVICE void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+DEVICE void mma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// Descriptor of an operand in shared memory whose contraction axis is contiguous: rows of ROW_BYTES (64 or 128), swizzled.
+template <int ROW_BYTES>
+DEVICE u64 operand(u32 address) {
+  u64 swizzle = ROW_BYTES == 128 ? 1ull : 2ull;
+  return (u64)((address & 0x3ffff) >> 4) | (1ull << 16) | ((u64)(ROW_BYTES * 8 >> 4) << 32) | (swizzle << 62);
+}
+
+// Byte offset of 16-byte chunk c of row r in such an operand.
+template <int ROW_BYTES>
+DEVICE u32 chunk_offset(u32 r, u32 c) {
+  return ROW_BYTES == 128 ? r * 128 + ((c ^ (r & 7)) << 4) : r * 64 + ((c ^ ((r >> 1) & 3)) << 4);
+}

@@ -1,0 +1,202 @@
+#include "common.cuh"
+
+// Smoothing and quantisation of K and V, in one pass over V and two over K.
+//
+// key_mean: mean of K over the tokens of each (batch or sequence, group), deterministic.
+// quantise_kv: K - mean to INT8, V to E4M3 or INT8, one scale per block of 128 tokens; V comes out transposed, (D, tokens), with the tokens of
+// each 16 in the order in which a product's accumulator fragment serves as the next one's 8-bit operand: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15.
+//
+// Defined by the host: HEAD_DIM (64 or 128), V_INT8, IN_FP16, VARLEN, K_TRANSPOSED.
+
+#define KEYS 128
+#define CHUNKS (HEAD_DIM / 8)          // 16-byte chunks of a row
+#define THREADS (4 * HEAD_DIM)           // of quantise_kv
+#define ROWS_AT_ONCE (THREADS / CHUNKS)  // 32
+#define MEAN_ROWS (256 / CHUNKS)
+#define PER_THREAD (KEYS / ROWS_AT_ONCE)
+
+struct Params {
+  const void* k;  // (B, L, G, D), last stride 1
+  const void* v;
+  signed char* k8;   // (B, G, blocks * 128, D)
+  u8* v8;            // (B, G, D, blocks * 128)
+  float2* scales;    // (B, G, blocks): of K, of V
+  float* partial;    // (B or sequences, G, parts, D)
+  float* mean;       // (B or sequences, G, D), or null
+  int* done;         // (B or sequences, G), zero at launch
+  const int* cu;     // offsets of the sequences
+  long long k_batch, k_row, k_head, v_batch, v_row, v_head;
+  int groups, rows, blocks, parts;
+};
+
+DEVICE void where_am_i(const Params& p, int b, int& rows, int& start, int& block0) {
+#if VARLEN
+  start = p.cu[b];
+  rows = p.cu[b + 1] - start;
+  block0 = start / KEYS + b;
+#else
+  start = 0;
+  rows = p.rows;
+  block0 = 0;
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(256) key_mean(const __grid_constant__ Params p) {
+  __shared__ float sums[MEAN_ROWS][HEAD_DIM];
+  __shared__ int last;
+  int part = blockIdx.x, g = blockIdx.y, b = blockIdx.z;
+  int rows, start, block0;
+  where_am_i(p, b, rows, start, block0);
+  int chunk = threadIdx.x % CHUNKS, r0 = threadIdx.x / CHUNKS;
+  int each = (rows + p.parts - 1) / p.parts, end = min(rows, (part + 1) * each);
+  long long base = (long long)g * p.k_head + (long long)start * p.k_row;
+#if !VARLEN
+  base += (long long)b * p.k_batch;
+#endif
+  float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+#pragma unroll 4
+  for (int r = part * each + r0; r < end; r += MEAN_ROWS) {
+    uint4 x = __ldg((const uint4*)((const u16*)p.k + base + (long long)r * p.k_row + chunk * 8));
+    u32 w[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float lo, hi;
+      unpack16(w[i], lo, hi);
+      sum[2 * i] += lo;
+      sum[2 * i + 1] += hi;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i++) sums[r0][chunk * 8 + i] = sum[i];
+  __syncthreads();
+  long long row = (long long)b * p.groups + g;
+  if (threadIdx.x < HEAD_DIM) {
+    float total = 0.0f;
+    for (int r = 0; r < MEAN_ROWS; r++) total += sums[r][threadIdx.x];
+    p.partial[(row * p.parts + part) * HEAD_DIM + threadIdx.x] = total;
+    __threadfence();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(p.done + row, 1) == p.parts - 1;
+  __syncthreads();
+  if (last && threadIdx.x < HEAD_DIM) {
+    __threadfence();
+    float total = 0.0f;
+    for (int i = 0; i < p.parts; i++) total += __ldcg(p.partial + (row * p.parts + i) * HEAD_DIM + threadIdx.x);
+    p.mean[row * HEAD_DIM + threadIdx.x] = rows > 0 ? total / (float)rows : 0.0f;
+  }
+}
+
+DEVICE float block_max(float x, bool& bad, float* shared) {
+#pragma unroll
+  for (int d = 16; d; d >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+  bad = __syncthreads_or(bad);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  float top = shared[0];
+  for (int i = 1; i < THREADS / 32; i++) top = fmaxf(top, shared[i]);
+  __syncthreads();
+  return top;
+}
+
+DEVICE float load_block(const void* source, long long base, long long stride, int first, int rows, float (&x)[PER_THREAD][8], const float* mean,
+                        bool& bad) {
+  int chunk = threadIdx.x % CHUNKS, r0 = threadIdx.x / CHUNKS;
+  float top = 0.0f, m[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) m[i] = mean ? mean[chunk * 8 + i] : 0.0f;
+#pragma unroll
+  for (int n = 0; n < PER_THREAD; n++) {
+    int r = first + r0 + n * ROWS_AT_ONCE;
+    bool inside = r < rows;
+    uint4 raw = inside ? __ldg((const uint4*)((const u16*)source + base + (long long)r * stride + chunk * 8)) : make_uint4(0, 0, 0, 0);
+    u32 w[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      unpack16(w[i], x[n][2 * i], x[n][2 * i + 1]);
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        float y = inside ? x[n][2 * i + e] - m[2 * i + e] : 0.0f;
+        x[n][2 * i + e] = y;
+        top = fmaxf(top, fabsf(y));
+        bad |= y != y;
+      }
+    }
+  }
+  return top;
+}
+
+// Bytes of a block, (128 tokens, D), out as (D, 128 tokens) with the token order above.
+DEVICE void store_transposed(const u8* tile, u8* to, long long row_bytes) {
+  for (int n = threadIdx.x; n < HEAD_DIM * (KEYS / 16); n += THREADS) {
+    int d = n % HEAD_DIM, c = n / HEAD_DIM;
+    u32 w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int t = 16 * c + 2 * i;
+      const u8* at = tile + d;
+      w[i] = (u32)at[t * (HEAD_DIM + 4)] | (u32)at[(t + 1) * (HEAD_DIM + 4)] << 8 | (u32)at[(t + 8) * (HEAD_DIM + 4)] << 16 |
+             (u32)at[(t + 9) * (HEAD_DIM + 4)] << 24;
+    }
+    *(uint4*)(to + d * row_bytes + c * 16) = make_uint4(w[0], w[1], w[2], w[3]);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) quantise_kv(const __grid_constant__ Params p) {
+  __shared__ float shared[THREADS / 32];
+  __shared__ alignas(16) u8 tile[KEYS * (HEAD_DIM + 4)];
+  int block = blockIdx.x, g = blockIdx.y, b = blockIdx.z;
+  int rows, start, block0;
+  where_am_i(p, b, rows, start, block0);
+  if (block * KEYS >= rows) return;
+  int chunk = threadIdx.x % CHUNKS, r0 = threadIdx.x / CHUNKS;
+  float x[PER_THREAD][8];
+  long long storage = (VARLEN ? 0 : (long long)b * p.groups) + g;
+  long long k_base = (long long)g * p.k_head + (long long)start * p.k_row, v_base = (long long)g * p.v_head + (long long)start * p.v_row;
+#if !VARLEN
+  k_base += (long long)b * p.k_batch;
+  v_base += (long long)b * p.v_batch;
+#endif
+  const float* mean = p.mean ? p.mean + ((long long)b * p.groups + g) * HEAD_DIM : nullptr;
+  bool bad = false;
+  float top = block_max(load_block(p.k, k_base, p.k_row, block * KEYS, rows, x, mean, bad), bad, shared);
+  float scale = bad ? __int_as_float(0x7fc00000) : top / 127.0f, inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+  if (threadIdx.x == 0) p.scales[storage * p.blocks + block0 + block].x = scale;
+  signed char* k_to = p.k8 + (storage * p.blocks + block0 + block) * KEYS * HEAD_DIM;
+#pragma unroll
+  for (int n = 0; n < PER_THREAD; n++) {
+    float y[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) y[i] = fmaf(x[n][i], inverse, MAGIC);
+    *(uint2*)(k_to + (r0 + n * ROWS_AT_ONCE) * HEAD_DIM + chunk * 8) =
+        make_uint2(pack_bytes(y[0], y[1], y[2], y[3]), pack_bytes(y[4], y[5], y[6], y[7]));
+  }
+  bad = false;
+  top = block_max(load_block(p.v, v_base, p.v_row, block * KEYS, rows, x, nullptr, bad), bad, shared);
+#if V_INT8
+  scale = bad ? __int_as_float(0x7fc00000) : top / 127.0f;
+#else
+  scale = bad ? __int_as_float(0x7fc00000) : top / 448.0f;
+#endif
+  inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+  if (threadIdx.x == 0) p.scales[storage * p.blocks + block0 + block].y = scale;
+#pragma unroll
+  for (int n = 0; n < PER_THREAD; n++) {
+    u32 lo, hi;
+#if V_INT8
+    float y[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) y[i] = fmaf(x[n][i], inverse, MAGIC);
+    lo = pack_bytes(y[0], y[1], y[2], y[3]);
+    hi = pack_bytes(y[4], y[5], y[6], y[7]);
+#else
+    lo = pack_e4m3(x[n][0] * inverse, x[n][1] * inverse, x[n][2] * inverse, x[n][3] * inverse);
+    hi = pack_e4m3(x[n][4] * inverse, x[n][5] * inverse, x[n][6] * inverse, x[n][7] * inverse);
+#endif
+    u32* to = (u32*)(tile + (r0 + n * ROWS_AT_ONCE) * (HEAD_DIM + 4) + chunk * 8);
+    to[0] = lo;
+    to[1] = hi;
+  }
+  __syncthreads();
+  store_transposed(tile, p.v8 + storage * HEAD_DIM * p.blocks * KEYS + (long long)(block0 + block) * KEYS, (long long)p.blocks * KEYS);
+}

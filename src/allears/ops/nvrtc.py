@@ -1,0 +1,192 @@
+"""CUDA C++ kernels that ship as source and are compiled at first use by NVRTC, the compiler library that comes with torch's CUDA
+wheels: no toolkit, nothing at install. Compiled kernels are kept in ``~/.cache/allears/kernels`` (``ALLEARS_CACHE`` moves it).
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_SHARED_LIMIT_ATTRIBUTE = 8
+_MAP_TYPES = {torch.uint8: 0, torch.int8: 0, torch.float8_e4m3fn: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+_SWIZZLE = {32: 1, 64: 2, 128: 3}
+_L2_PROMOTION_256 = 3
+
+
+class KernelError(RuntimeError):
+    """A kernel could not be compiled, loaded or launched."""
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    major = (torch.version.cuda or "").split(".")[0]
+    folders: list[Path] = []
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations or [] if spec else []:
+        folders += [Path(root) / f"cu{major}" / "lib", Path(root) / "cuda_nvrtc" / "lib"]
+    names = [str(folder / f"libnvrtc.so.{major}") for folder in folders] + [f"libnvrtc.so.{major}", "libnvrtc.so"]
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise KernelError(f"libnvrtc.so.{major} was not found; it comes with torch's CUDA wheels (nvidia-cuda-nvrtc)")
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise KernelError(f"the CUDA driver library does not load: {error}") from None
+
+
+def available() -> str:
+    """Why kernels cannot be compiled here; an empty string if they can."""
+    if not torch.cuda.is_available():
+        return "no CUDA GPU answers"
+    try:
+        _nvrtc(), _driver()
+    except KernelError as error:
+        return str(error)
+    return ""
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("ALLEARS_CACHE", "~/.cache/allears")).expanduser() / "kernels"
+
+
+def compile_cubin(
+    source: str, name: str, headers: Mapping[str, str], defines: Mapping[str, int | str], arch: str = "sm_90a"
+) -> bytes:
+    """Machine code of ``source`` for ``arch``, from the cache where it is there.
+
+    Args:
+        headers: texts by the names under which ``source`` includes them.
+        defines: preprocessor macros.
+
+    Raises:
+        KernelError: the compiler refused the source; the message holds its log.
+    """
+    options = [f"--gpu-architecture={arch}", "--std=c++17", "-default-device"]
+    options += [f"-D{key}={value}" for key, value in sorted(defines.items())]
+    lib = _nvrtc()
+    major, minor = c_int(), c_int()
+    lib.nvrtcVersion(byref(major), byref(minor))
+    identity = repr((source, sorted(headers.items()), options, major.value, minor.value))
+    path = _cache_folder() / f"{Path(name).stem}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    program = c_void_p()
+    texts = (c_char_p * len(headers))(*(text.encode() for text in headers.values()))
+    names = (c_char_p * len(headers))(*(key.encode() for key in headers))
+    if lib.nvrtcCreateProgram(byref(program), source.encode(), name.encode(), len(headers), texts, names):
+        raise KernelError(f"{name}: NVRTC did not take the source")
+    flags = (c_char_p * len(options))(*(option.encode() for option in options))
+    status = lib.nvrtcCompileProgram(program, len(options), flags)
+    size = c_size_t()
+    if status:
+        lib.nvrtcGetProgramLogSize(program, byref(size))
+        text = ctypes.create_string_buffer(size.value)
+        lib.nvrtcGetProgramLog(program, text)
+        raise KernelError(f"{name} does not compile for {arch}:\n{text.value.decode(errors='replace')}")
+    lib.nvrtcGetCUBINSize(program, byref(size))
+    code = ctypes.create_string_buffer(size.value)
+    lib.nvrtcGetCUBIN(program, code)
+    lib.nvrtcDestroyProgram(byref(program))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(code.raw)
+        os.replace(file.name, path)
+    except OSError as error:
+        log.info("compiled kernels are not kept: %s", error)
+    return code.raw
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        text = c_char_p()
+        _driver().cuGetErrorString(status, byref(text))
+        raise KernelError(f"{what}: {(text.value or b'?').decode()} ({status})")
+
+
+class Kernel:
+    """A compiled kernel on one device.
+
+    Args:
+        code: what :func:`compile_cubin` gave.
+        function: name of the ``extern "C"`` kernel.
+        shared_bytes: dynamic shared memory of each launch.
+    """
+
+    def __init__(self, code: bytes, function: str, device: torch.device, shared_bytes: int = 0) -> None:
+        self.shared_bytes = shared_bytes
+        self._module, self._function = c_void_p(), c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()
+            torch.empty(1, device=device)  # makes torch's context current
+            _check(_driver().cuModuleLoadData(byref(self._module), code), "module")
+            _check(_driver().cuModuleGetFunction(byref(self._function), self._module, function.encode()), function)
+            if shared_bytes > 48 * 1024:
+                _check(
+                    _driver().cuFuncSetAttribute(self._function, _SHARED_LIMIT_ATTRIBUTE, shared_bytes), "shared memory"
+                )
+
+    def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: ctypes._SimpleCData | ctypes.Structure) -> None:
+        """Launch on the current stream."""
+        pointers = (c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        stream = c_void_p(torch.cuda.current_stream().cuda_stream)
+        _check(
+            _driver().cuLaunchKernel(
+                self._function, *(c_uint(n) for n in grid), c_uint(threads), 1, 1, c_uint(self.shared_bytes), stream,
+                pointers, None,
+            ),
+            "launch",
+        )  # fmt: skip
+
+
+class TensorMap(ctypes.Structure):
+    """Descriptor of a tensor for bulk copies: 128 bytes, aligned to 64."""
+
+    _fields_ = (("words", ctypes.c_uint64 * 16),)
+    _align_ = 64
+
+
+def tensor_map(x: Tensor, box: Sequence[int], swizzle_bytes: int) -> TensorMap:
+    """For copies of boxes of ``x``, whose last dimension is contiguous. Reads past an edge give zeros.
+
+    Args:
+        box: elements in each dimension, in the order of ``x.shape``.
+        swizzle_bytes: 32, 64 or 128: bytes of the innermost row of the box.
+    """
+    dims = x.dim()
+    if x.stride(-1) != 1:
+        raise ValueError(f"x: last stride {x.stride(-1)} given; bulk copies need 1")
+    buffer = (ctypes.c_char * (ctypes.sizeof(TensorMap) + 64))()
+    address = (ctypes.addressof(buffer) + 63) & ~63
+    result = TensorMap.from_address(address)
+    result._keep = buffer  # type: ignore[attr-defined]
+    sizes = (ctypes.c_uint64 * dims)(*reversed(x.shape))
+    strides = (ctypes.c_uint64 * (dims - 1))(*(x.stride(i) * x.element_size() for i in reversed(range(dims - 1))))
+    boxes = (ctypes.c_uint32 * dims)(*reversed(tuple(box)))
+    steps = (ctypes.c_uint32 * dims)(*([1] * dims))
+    _check(
+        _driver().cuTensorMapEncodeTiled(
+            c_void_p(address), c_int(_MAP_TYPES[x.dtype]), c_uint(dims), c_void_p(x.data_ptr()), sizes, strides, boxes,
+            steps, c_int(0), c_int(_SWIZZLE[swizzle_bytes]), c_int(_L2_PROMOTION_256), c_int(0),
+        ),
+        "tensor map",
+    )  # fmt: skip
+    return result
