@@ -29,13 +29,14 @@
 #define COLUMN_BYTES (QUERIES * 16)
 #define STAGE_BYTES (3 * Q8_BYTES + DO_BYTES + COLUMN_BYTES)
 #define DS_BYTES (KEYS * QUERIES * 2)
+#define DQ_BYTES (4 * QUERIES * HEAD_DIM)
 #define REGS (HEAD_DIM / 2)             // of a 64 x D accumulator
 #define DQ_REGS (HEAD_DIM / 4)          // of 64 x D / 2
 
 struct Params {
   const float4* columns;  // (B, H, padded)
   const float2* scales;   // (B, G, blocks): of K, of V
-  float* dq;              // (B, L_q, H, D), zero at launch
+  float* dq;              // (B, H, tiles, 2, D / 8, 128, 4): accumulators as the threads hold them; zero at launch
   void* dk;               // (B, L_k, G, D) contiguous, 16 bit
   void* dv;
   int heads, groups, rows, keys, blocks, padded;
@@ -44,10 +45,6 @@ struct Params {
 
 DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-
-DEVICE void add_pair(float* to, float a, float b) {
-  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(a), "f"(b) : "memory");
 }
 
 DEVICE float quad_max_nan(float x) {
@@ -101,24 +98,23 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
                    const __grid_constant__ TensorMap q8_map, const __grid_constant__ TensorMap q8_across_map,
                    const __grid_constant__ TensorMap do8_across_map, const __grid_constant__ Params p) {
   extern __shared__ u8 raw_shared[];
-  u8* base = (u8*)(((u64)raw_shared + 1023) & ~1023ull);
+  u8* base = aligned_shared(raw_shared);
   u8* k8 = base;
   u8* k16 = k8 + K8_BYTES;
   u8* v16 = k16 + K16_BYTES;
   u8* ds = v16 + K16_BYTES;
-  u8* stages = ds + 2 * DS_BYTES;
-  __shared__ alignas(8) u64 bars[2 * STAGES + 5];
-  u32 full = shared_address(bars), empty = full + 8 * STAGES, ready = empty + 8 * STAGES, ds_full = ready + 8, ds_empty = ds_full + 16;
+  u8* dq_stage = ds + DS_BYTES;
+  u8* stages = dq_stage + DQ_BYTES;
+  __shared__ alignas(8) u64 bars[2 * STAGES + 3];
+  u32 full = shared_address(bars), empty = full + 8 * STAGES, ready = empty + 8 * STAGES, ds_full = ready + 8, ds_empty = ds_full + 8;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       barrier_init(full + 8 * i, 1);
       barrier_init(empty + 8 * i, GROUPS);
     }
     barrier_init(ready, 1);
-    for (int i = 0; i < 2; i++) {
-      barrier_init(ds_full + 8 * i, 128 * GROUPS);
-      barrier_init(ds_empty + 8 * i, GROUPS);
-    }
+    barrier_init(ds_full, 128 * GROUPS);
+    barrier_init(ds_empty, GROUPS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -157,7 +153,8 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
   // ---- consumers
   asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
   int warp = t / 32, lane = t % 32, r_a = group * 64 + warp * 16 + lane / 4, column0 = 2 * (lane % 4);
-  bool leader = t == 0;
+  bool first_warp = __shfl_sync(0xffffffffu, warp, 0) == 0;
+#define LEADER (first_warp && elected())
   float k_scale = __ldg(p.scales + (long long)(b * p.groups + g) * p.blocks + block).x;
   barrier_wait(ready, 0);
   // K as bfloat16 integers, rows of 64 columns, swizzled: for dQ
@@ -194,12 +191,13 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
   float dq_scale = p.scale * LN2 * k_scale;
   int key_a = block * KEYS + r_a;
   bool tail = (block + 1) * KEYS > p.keys;
-  int stage = 0, phase = 0, step_count = 0;
+  int stage = 0, phase = 0, ds_phase = 0;
+  float4* dq_to = (float4*)(dq_stage + group * (DQ_BYTES / 2)) + t;
 
   for (int n = 0; n < per_group; n++) {
     int h = g * per_group + n;
-    float* dq_head = p.dq + (((long long)b * p.rows) * p.heads + h) * HEAD_DIM + group * (HEAD_DIM / 2) + column0;
-    for (int i = first; i < tiles; i++, step_count++) {
+    float* dq_tile = p.dq + (((long long)b * p.heads + h) * tiles + first) * (QUERIES * HEAD_DIM) + group * (QUERIES * HEAD_DIM / 2);
+    for (int i = first; i < tiles; i++, ds_phase ^= 1) {
       u64 at = stage * (STAGE_BYTES >> 4);
       const float4* columns = (const float4*)(stages + stage * STAGE_BYTES + 3 * Q8_BYTES + DO_BYTES) + column0;
       int s[32];
@@ -245,9 +243,7 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
       u32 p8[8], ds8[8];
       float2 p_scale = quantise_rows(x, p8);
       mma_wait<0>();  // dP
-      int buffer = step_count & 1;
-      u32 ds_to = shared_address(ds) + buffer * DS_BYTES;
-      barrier_wait(ds_empty + 8 * buffer, ((step_count >> 1) & 1) ^ 1);
+      barrier_wait(ds_empty, ds_phase ^ 1);
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
         u32 packed[4];
@@ -264,10 +260,10 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
           x[q + 2] = b0 * c0.x;
           x[q + 3] = b1 * c1.x;
         }
-        store_matrices(ds_to + chunk_offset<128>(ds_row, j + matrix / 2), packed[0], packed[1], packed[2], packed[3]);
+        store_matrices(shared_address(ds) + chunk_offset<128>(ds_row, j + matrix / 2), packed[0], packed[1], packed[2], packed[3]);
       }
       fence_async_shared();
-      barrier_arrive(ds_full + 8 * buffer);
+      barrier_arrive(ds_full);
       float2 ds_scale = quantise_rows(x, ds8);
       float dq[DQ_REGS];
       u64 do8 = do8_operand + at, qa = qa_operand + at;
@@ -289,30 +285,30 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
       mma_wait<1>();
       add_up<0>(dv, part, p_scale);
 #endif
-      barrier_wait(ds_full + 8 * buffer, (step_count >> 1) & 1);
+      barrier_wait(ds_full, ds_phase);
       mma_fence();
 #pragma unroll
       for (int k = 0; k < KEYS / 16; k++)
-        mma_bf16_across(dq, ds_operand + buffer * (DS_BYTES >> 4) + k * (2048 >> 4), k16_operand + k * (2048 >> 4), k > 0);
+        mma_bf16_across(dq, ds_operand + k * (2048 >> 4), k16_operand + k * (2048 >> 4), k > 0);
       mma_commit();
       mma_wait<1>();
-      if (leader) barrier_arrive(empty + 8 * stage);
+      if (LEADER) barrier_arrive(empty + 8 * stage);
       add_up<HEAD_DIM / 64 - 1>(dk, part2, ds_scale);
       mma_wait<0>();
-      if (leader) barrier_arrive(ds_empty + 8 * buffer);
-      int row = i * QUERIES + warp * 16 + lane / 4;
-      float* to = dq_head + (long long)row * p.heads * HEAD_DIM;
+      if (LEADER) barrier_arrive(ds_empty);
+      if (LEADER) added();
+      group_sync(1 + group);
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        if (row + 8 * half < p.rows) {
-#pragma unroll
-          for (int j = 0; j < DQ_REGS / 4; j++)
-            add_pair(to + 8 * j + (long long)half * 8 * p.heads * HEAD_DIM, dq[4 * j + 2 * half] * dq_scale, dq[4 * j + 2 * half + 1] * dq_scale);
-        }
-      }
+      for (int j = 0; j < DQ_REGS / 4; j++)
+        dq_to[128 * j] = make_float4(dq[4 * j] * dq_scale, dq[4 * j + 1] * dq_scale, dq[4 * j + 2] * dq_scale, dq[4 * j + 3] * dq_scale);
+      fence_async_shared();
+      group_sync(1 + group);
+      if (LEADER) add_bytes(dq_tile, shared_address(dq_stage) + group * (DQ_BYTES / 2), DQ_BYTES / 2);
+      dq_tile += QUERIES * HEAD_DIM;
       if (++stage == STAGES) stage = 0, phase ^= 1;
     }
   }
+  if (LEADER) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     int key = key_a + 8 * half;

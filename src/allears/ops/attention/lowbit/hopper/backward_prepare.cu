@@ -97,3 +97,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_prepare(const __g
   __syncthreads();
   store_across(tile, p.q8_across + z * HEAD_DIM * row_bytes + first, row_bytes);
 }
+
+struct FinishParams {
+  const float* dq;  // as backward.cu leaves it
+  void* out;        // (B, L_q, H, D) contiguous, 16 bit
+  int heads, rows;
+};
+
+// dQ from the order of the accumulators to rows, in 16 bit.
+extern "C" __global__ void __launch_bounds__(256) backward_finish(const __grid_constant__ FinishParams p) {
+  int tile = blockIdx.x, h = blockIdx.y, b = blockIdx.z, half = threadIdx.x / 128, t = threadIdx.x % 128;
+  const float4* from = (const float4*)p.dq + ((((long long)b * p.heads + h) * gridDim.x + tile) * 2 + half) * (HEAD_DIM / 16) * 128 + t;
+  int row = tile * ROWS + t / 32 * 16 + t % 32 / 4, column = half * (HEAD_DIM / 2) + 2 * (t % 4);
+  u16* to = (u16*)p.out + (((long long)b * p.rows + row) * p.heads + h) * HEAD_DIM + column;
+#pragma unroll
+  for (int j = 0; j < HEAD_DIM / 16; j++) {
+    float4 x = __ldg(from + 128 * j);
+    if (row < p.rows) *(u32*)(to + 8 * j) = pack16(x.x, x.y);
+    if (row + 8 < p.rows) *(u32*)(to + 8 * j + (long long)8 * p.heads * HEAD_DIM) = pack16(x.z, x.w);
+  }
+}

@@ -18,6 +18,14 @@ struct alignas(64) TensorMap {
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+DEVICE u8* aligned_shared(u8* p) { return p + ((0u - shared_address(p)) & 1023u); }  // to 1024 bytes, still known as shared memory
+
+DEVICE bool elected() {  // one lane of the warp
+  u32 yes;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(yes));
+  return yes;
+}
+
 // ---- barriers in shared memory
 
 DEVICE void barrier_init(u32 bar, u32 count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count)); }
@@ -60,6 +68,12 @@ DEVICE void copy_bytes(u32 dst, const void* src, u32 bytes, u32 bar) {
                "r"(bytes), "r"(bar)
                : "memory");
 }
+
+DEVICE void add_bytes(float* dst, u32 src, u32 bytes) {  // float32 sums in global memory, by the copy engine
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+DEVICE void added() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }  // the sources may be overwritten
 
 // ---- numbers
 

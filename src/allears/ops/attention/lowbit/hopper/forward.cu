@@ -7,7 +7,7 @@
 // row. A warpgroup's product P V of the last tile runs while it computes the softmax of this one; the other warpgroup's products
 // fill the rest. Numerics: lowbit/README.md. A block of the persistent grid takes work items (query tile, head, batch) until none are left.
 //
-// Defined by the host: HEAD_DIM (64 or 128), CAUSAL, PV_INT8, IN_FP16, SAVE_Q, VARLEN.
+// Defined by the host: HEAD_DIM (64 or 128), CAUSAL, PV_INT8, IN_FP16, SAVE_Q.
 
 #ifndef DEFER
 #define DEFER (PV_INT8 && HEAD_DIM == 128)  // a tile's P V runs while the next one's softmax is computed
@@ -43,14 +43,12 @@ typedef float acc_t;
 struct Params {
   const void* q;        // (B, L_q, H, D), 16 bit, last stride 1
   void* out;            // (B, L_q, H, D) contiguous
-  float* lse;           // (B, H, L_q) or, variable length, (H, total); may be null
+  float* lse;           // (B, H, L_q), natural, of the given K; may be null
   const float2* scales; // (B, G, blocks): of K, of V
-  const float* k_mean;  // (B or sequences, G, D), or null where K was not smoothed
+  const float* k_mean;  // (B, G, D), or null where K was not smoothed
   signed char* q8;      // (B, H, L_q, D), SAVE_Q
   float* q_scale;       // (B, H, L_q), SAVE_Q
   float* lse2;          // (B, H, L_q), SAVE_Q: base 2, without the part of the mean of K
-  const int* cu_q;      // variable length: offsets of the sequences
-  const int* cu_k;
   int* counter;         // zero at launch
   long long q_batch, q_row, q_head;  // strides in elements
   int batches, heads, groups, rows, keys, blocks, row_tiles, head_chunk;
@@ -58,7 +56,7 @@ struct Params {
 };
 
 struct Item {
-  int b, h, g, tile, rows, keys, q_start, block0, tiles, z;
+  int b, h, g, tile, rows, keys, tiles, z;
 };
 
 DEVICE bool take(const Params& p, int index, Item& it) {
@@ -79,20 +77,9 @@ DEVICE bool take(const Params& p, int index, Item& it) {
   it.b = z / p.heads;
   it.h = z % p.heads;
   it.g = it.h / (p.heads / p.groups);
-#if VARLEN
-  int q0 = p.cu_q[it.b], k0 = p.cu_k[it.b];
-  it.rows = p.cu_q[it.b + 1] - q0;
-  it.keys = p.cu_k[it.b + 1] - k0;
-  it.q_start = q0;
-  it.block0 = k0 / KEYS + it.b;
-  it.z = it.g;
-#else
   it.rows = p.rows;
   it.keys = p.keys;
-  it.q_start = 0;
-  it.block0 = 0;
   it.z = it.b * p.groups + it.g;
-#endif
   int last_key = it.keys;
 #if CAUSAL
   last_key = min(it.keys, it.tile * Q_ROWS + Q_ROWS + it.keys - it.rows);
@@ -222,10 +209,7 @@ DEVICE void quantise_q(const Params& p, const Item& it, int group, int t, u8* q_
   int r = t >> 1, half = t & 1, row = it.tile * Q_ROWS + group * 64 + r;
   bool inside = row < it.rows;
   const u32* src = (const u32*)p.q;
-  long long offset = (long long)it.b * p.q_batch + (long long)(it.q_start + row) * p.q_row + (long long)it.h * p.q_head + half * (HEAD_DIM / 2);
-#if VARLEN
-  offset -= (long long)it.b * p.q_batch;
-#endif
+  long long offset = (long long)it.b * p.q_batch + (long long)row * p.q_row + (long long)it.h * p.q_head + half * (HEAD_DIM / 2);
   uint4 raw[HEAD_DIM / 16];
   float top = 0.0f, bias = 0.0f;
   bool bad = false;
@@ -266,9 +250,6 @@ DEVICE void quantise_q(const Params& p, const Item& it, int group, int t, u8* q_
 #if SAVE_Q
     if (inside) {
       long long at = ((long long)(it.b * p.heads + it.h) * p.rows + row) * HEAD_DIM + chunk * 16;
-#if VARLEN
-      at = ((long long)it.h * p.rows + it.q_start + row) * HEAD_DIM + chunk * 16;
-#endif
       *(uint4*)(p.q8 + at) = packed;
     }
 #endif
@@ -278,11 +259,7 @@ DEVICE void quantise_q(const Params& p, const Item& it, int group, int t, u8* q_
     row_bias[r] = bias * p.scale * LN2;
 #if SAVE_Q
     if (inside) {
-#if VARLEN
-      p.q_scale[(long long)it.h * p.rows + it.q_start + row] = scale;
-#else
       p.q_scale[(long long)(it.b * p.heads + it.h) * p.rows + row] = scale;
-#endif
     }
 #endif
   }
@@ -302,13 +279,8 @@ DEVICE void finish(const Params& p, const Item& it, const float (&o)[OREGS], Row
     float total = half ? l.b : l.a, top = half ? m.b : m.a;
     if (row >= it.rows) continue;
     float factor = total == 0.0f ? 0.0f : unit / total;
-#if VARLEN
-    long long at = (long long)(it.q_start + row) * p.heads + it.h;
-    long long lse_at = (long long)it.h * p.rows + it.q_start + row;
-#else
     long long at = ((long long)it.b * p.rows + row) * p.heads + it.h;
     long long lse_at = (long long)(it.b * p.heads + it.h) * p.rows + row;
-#endif
     u32* to = (u32*)((u16*)p.out + at * HEAD_DIM + column0);
 #pragma unroll
     for (int j = 0; j < HEAD_DIM / 8; j++) to[4 * j] = pack16(o[4 * j + 2 * half] * factor, o[4 * j + 2 * half + 1] * factor);
@@ -328,11 +300,11 @@ DEVICE void finish(const Params& p, const Item& it, const float (&o)[OREGS], Row
 }
 
 #if ONES  // column 0 of the extra ones: the first thread of each quad holds it
-#define SUM_UP                                  \
+#define SUM_UP(alpha)                           \
   l.a = fmaf(l.a, alpha.a, (float)part[OREGS]); \
   l.b = fmaf(l.b, alpha.b, (float)part[OREGS + 2]);
 #else
-#define SUM_UP
+#define SUM_UP(alpha)
 #endif
 
 struct Yes {
@@ -347,7 +319,7 @@ DEVICE float nonzero(float x) { return x == 0.0f ? 1e-30f : x; }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const __grid_constant__ Params p) {
   extern __shared__ u8 raw_shared[];
-  u8* base = (u8*)(((u64)raw_shared + 1023) & ~1023ull);
+  u8* base = aligned_shared(raw_shared);
   u8* q_shared = base;
   u32 k_shared = shared_address(base + GROUPS * Q_BYTES);
   u32 v_shared = k_shared + STAGES * K_BYTES;
@@ -393,10 +365,10 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
       for (int j = it.tiles - 1; j >= 0; j--) {
         barrier_wait(k_empty + 8 * stage, phase ^ 1);
         barrier_expect(k_full + 8 * stage, K_BYTES);
-        copy_3d(k_shared + stage * K_BYTES, &k_map, k_full + 8 * stage, 0, (it.block0 + j) * KEYS, it.z);
+        copy_3d(k_shared + stage * K_BYTES, &k_map, k_full + 8 * stage, 0, j * KEYS, it.z);
         barrier_wait(v_empty + 8 * stage, phase ^ 1);
         barrier_expect(v_full + 8 * stage, V_BYTES);
-        copy_3d(v_shared + stage * V_STAGE, &v_map, v_full + 8 * stage, (it.block0 + j) * KEYS, 0, it.z);
+        copy_3d(v_shared + stage * V_STAGE, &v_map, v_full + 8 * stage, j * KEYS, 0, it.z);
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
     }
@@ -427,9 +399,9 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
     int row_a = it.tile * Q_ROWS + group * 64 + r_a;
     Row2 sq = {row_scales[64 * group + r_a] * p.scale, row_scales[64 * group + r_a + 8] * p.scale};
     Row2 m = {-INFINITY_F, -INFINITY_F}, l = {0.0f, 0.0f}, weight, alpha;
-    const float2* scales = p.scales + (long long)it.z * p.blocks + it.block0;
+    const float2* scales = p.scales + (long long)it.z * p.blocks;
 #if DEFER
-    Row2 last_keep = {0.0f, 0.0f}, last_weight = {0.0f, 0.0f};
+    Row2 last_keep = {0.0f, 0.0f}, last_weight = {0.0f, 0.0f}, last_alpha = {0.0f, 0.0f};
 #endif
     float unit = 1.0f;  // the scale of V in which o is kept (FP8)
 #pragma unroll
@@ -483,6 +455,8 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
           mma_commit();
         }
         accumulate(o, part, last_keep, last_weight);  // while S is computed
+        SUM_UP(last_alpha)
+        asm volatile("" : "+f"(l.a), "+f"(l.b)::"memory");
 #pragma unroll
         for (int i = 0; i < OREGS; i++) asm volatile("" : "+f"(o[i])::"memory");  // not later
         mma_fence();
@@ -490,6 +464,7 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
         mma_commit();
         last_keep = keep;
         last_weight = weight;
+        last_alpha = alpha;
         if (!last) {
           mma_wait<1>();
           if (leader) barrier_arrive(k_empty + 8 * next_stage);
@@ -513,7 +488,7 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
         if (leader && !last) barrier_arrive(k_empty + 8 * next_stage);
 #endif
         accumulate(o, part, keep, weight);
-        SUM_UP
+        SUM_UP(alpha)
 #if !EARLY_S
         if (!last) {
           barrier_wait(k_full + 8 * next_stage, next_phase);
@@ -545,6 +520,7 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
       mma_wait<0>();
       if (leader) barrier_arrive(v_empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1));
       accumulate(o, part, last_keep, last_weight);
+      SUM_UP(last_alpha)
 #endif
     }
     finish(p, it, o, m, l, unit, row_a, column0, row_biases + 64 * group + r_a);

@@ -21,7 +21,7 @@ _STAGES = 4
 
 
 class _QuantiseParams(ctypes.Structure):
-    _fields_ = tuple((name, c_void_p) for name in ("k", "v", "k8", "v8", "scales", "partial", "mean", "done", "cu")) + tuple(
+    _fields_ = tuple((name, c_void_p) for name in ("k", "v", "k8", "v8", "scales", "partial", "mean", "done")) + tuple(
         (name, c_longlong) for name in ("k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head")
     ) + tuple((name, c_int) for name in ("groups", "rows", "blocks", "parts"))  # fmt: skip
 
@@ -29,7 +29,7 @@ class _QuantiseParams(ctypes.Structure):
 class _ForwardParams(ctypes.Structure):
     _fields_ = tuple(
         (name, c_void_p)
-        for name in ("q", "out", "lse", "scales", "k_mean", "q8", "q_scale", "lse2", "cu_q", "cu_k", "counter")
+        for name in ("q", "out", "lse", "scales", "k_mean", "q8", "q_scale", "lse2", "counter")
     ) + tuple((name, c_longlong) for name in ("q_batch", "q_row", "q_head")) + tuple(
         (name, c_int) for name in ("batches", "heads", "groups", "rows", "keys", "blocks", "row_tiles", "head_chunk")
     ) + (("scale", c_float),)  # fmt: skip
@@ -79,10 +79,10 @@ def quantise_kv(k: Tensor, v: Tensor, pv: Literal["fp8", "int8"], smooth: bool) 
         done = torch.zeros(batch, groups, device=device, dtype=torch.int32)
     params = _QuantiseParams(
         k.data_ptr(), v.data_ptr(), k8.data_ptr(), v8.data_ptr(), scales.data_ptr(),
-        _pointer(partial), _pointer(mean), _pointer(done), None,
+        _pointer(partial), _pointer(mean), _pointer(done),
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), groups, rows, blocks, parts,
     )  # fmt: skip
-    defines = {"HEAD_DIM": size, "V_INT8": int(pv == "int8"), "IN_FP16": int(k.dtype == torch.float16), "VARLEN": 0}
+    defines = {"HEAD_DIM": size, "V_INT8": int(pv == "int8"), "IN_FP16": int(k.dtype == torch.float16)}
     if smooth:
         kernel("quantise.cu", "key_mean", device, 0, **defines)((parts, groups, batch), 256, params)
     kernel("quantise.cu", "quantise_kv", device, 0, **defines)((blocks, groups, batch), 4 * size, params)
@@ -131,12 +131,12 @@ def attend(
     chunk = max(1, min(heads * batch, (24 << 20) // max(1, per_head_bytes)))
     params = _ForwardParams(
         q.data_ptr(), out.data_ptr(), _pointer(lse), kv.scales.data_ptr(), _pointer(kv.mean),
-        _pointer(q8), _pointer(q_scale), _pointer(lse2), None, None, counter.data_ptr(), q.stride(0), q.stride(1), q.stride(2),
+        _pointer(q8), _pointer(q_scale), _pointer(lse2), counter.data_ptr(), q.stride(0), q.stride(1), q.stride(2),
         batch, heads, groups, rows, keys, blocks, row_tiles, chunk, scale * math.log2(math.e),
     )  # fmt: skip
     defines = {
         "HEAD_DIM": size, "CAUSAL": int(causal), "PV_INT8": int(pv == "int8"), "IN_FP16": int(q.dtype == torch.float16),
-        "SAVE_Q": int(save_q), "VARLEN": 0, **tuning,
+        "SAVE_Q": int(save_q), **tuning,
     }  # fmt: skip
     shared = warpgroups * 64 * size + 2 * _STAGES * KEYS * size + 1024 + _STAGES * 1024
     run = kernel("forward.cu", "attention_forward", device, shared, **defines)
@@ -152,6 +152,10 @@ class _PrepareParams(ctypes.Structure):
     ) + tuple((name, c_longlong) for name in ("do_batch", "do_row", "do_head")) + tuple(
         (name, c_int) for name in ("heads", "rows", "padded")
     ) + (("scale", c_float),)  # fmt: skip
+
+
+class _FinishParams(ctypes.Structure):
+    _fields_ = (("dq", c_void_p), ("out", c_void_p), ("heads", c_int), ("rows", c_int))
 
 
 class _BackwardParams(ctypes.Structure):
@@ -182,11 +186,12 @@ def attend_backward(
     kernel("backward_prepare.cu", "backward_prepare", device, 0, HEAD_DIM=size, IN_FP16=half)(
         (padded // 64, heads, batch), 256, prepare
     )
-    dq = torch.zeros(batch, rows, heads, size, device=device)
+    sums = torch.zeros(batch, heads, padded * size, device=device)
+    dq = torch.empty(batch, rows, heads, size, device=device, dtype=d_out.dtype)
     dk = torch.empty(batch, keys, groups, size, device=device, dtype=d_out.dtype)
     dv = torch.empty_like(dk)
     params = _BackwardParams(
-        columns.data_ptr(), kv.scales.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), heads, groups, rows, keys,
+        columns.data_ptr(), kv.scales.data_ptr(), sums.data_ptr(), dk.data_ptr(), dv.data_ptr(), heads, groups, rows, keys,
         blocks, padded, factor,
     )  # fmt: skip
     maps = (
@@ -198,10 +203,14 @@ def attend_backward(
         tensor_map(across[1], (1, size, 64), 64),
     )
     stages = tuning.get("STAGES", 2)
-    shared = 5 * KEYS * size + 2 * KEYS * 64 * 2 + stages * (5 * 64 * size + 1024) + 1024
+    shared = 5 * KEYS * size + KEYS * 64 * 2 + 4 * 64 * size + stages * (5 * 64 * size + 1024) + 1024
     run = kernel("backward.cu", "attention_backward", device, shared, HEAD_DIM=size, CAUSAL=int(causal), IN_FP16=half, **tuning)
     run((blocks, groups, batch), 384, *maps, params)
-    return dq.to(d_out.dtype), dk, dv
+    finish = _FinishParams(sums.data_ptr(), dq.data_ptr(), heads, rows)
+    kernel("backward_prepare.cu", "backward_finish", device, 0, HEAD_DIM=size, IN_FP16=half)(
+        (padded // 64, heads, batch), 256, finish
+    )
+    return dq, dk, dv
 
 
 __all__ = ["Forward", "QuantisedKV", "TensorMap", "attend", "kernel", "quantise_kv"]

@@ -2,11 +2,11 @@
 
 // Smoothing and quantisation of K and V, in one pass over V and two over K.
 //
-// key_mean: mean of K over the tokens of each (batch or sequence, group), deterministic.
+// key_mean: mean of K over the tokens of each (batch, group), deterministic.
 // quantise_kv: K - mean to INT8, V to E4M3 or INT8, one scale per block of 128 tokens; V comes out transposed, (D, tokens), with the tokens of
 // each 16 in the order in which a product's accumulator fragment serves as the next one's 8-bit operand: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15.
 //
-// Defined by the host: HEAD_DIM (64 or 128), V_INT8, IN_FP16, VARLEN, K_TRANSPOSED.
+// Defined by the host: HEAD_DIM (64 or 128), V_INT8, IN_FP16.
 
 #define KEYS 128
 #define CHUNKS (HEAD_DIM / 8)          // 16-byte chunks of a row
@@ -21,38 +21,22 @@ struct Params {
   signed char* k8;   // (B, G, blocks * 128, D)
   u8* v8;            // (B, G, D, blocks * 128)
   float2* scales;    // (B, G, blocks): of K, of V
-  float* partial;    // (B or sequences, G, parts, D)
-  float* mean;       // (B or sequences, G, D), or null
-  int* done;         // (B or sequences, G), zero at launch
-  const int* cu;     // offsets of the sequences
+  float* partial;    // (B, G, parts, D)
+  float* mean;       // (B, G, D), or null
+  int* done;         // (B, G), zero at launch
   long long k_batch, k_row, k_head, v_batch, v_row, v_head;
   int groups, rows, blocks, parts;
 };
-
-DEVICE void where_am_i(const Params& p, int b, int& rows, int& start, int& block0) {
-#if VARLEN
-  start = p.cu[b];
-  rows = p.cu[b + 1] - start;
-  block0 = start / KEYS + b;
-#else
-  start = 0;
-  rows = p.rows;
-  block0 = 0;
-#endif
-}
 
 extern "C" __global__ void __launch_bounds__(256) key_mean(const __grid_constant__ Params p) {
   __shared__ float sums[MEAN_ROWS][HEAD_DIM];
   __shared__ int last;
   int part = blockIdx.x, g = blockIdx.y, b = blockIdx.z;
-  int rows, start, block0;
-  where_am_i(p, b, rows, start, block0);
+  int rows = p.rows;
   int chunk = threadIdx.x % CHUNKS, r0 = threadIdx.x / CHUNKS;
   int each = (rows + p.parts - 1) / p.parts, end = min(rows, (part + 1) * each);
-  long long base = (long long)g * p.k_head + (long long)start * p.k_row;
-#if !VARLEN
+  long long base = (long long)g * p.k_head;
   base += (long long)b * p.k_batch;
-#endif
   float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
 #pragma unroll 4
   for (int r = part * each + r0; r < end; r += MEAN_ROWS) {
@@ -146,23 +130,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantise_kv(const __grid_c
   __shared__ float shared[THREADS / 32];
   __shared__ alignas(16) u8 tile[KEYS * (HEAD_DIM + 4)];
   int block = blockIdx.x, g = blockIdx.y, b = blockIdx.z;
-  int rows, start, block0;
-  where_am_i(p, b, rows, start, block0);
+  int rows = p.rows;
   if (block * KEYS >= rows) return;
   int chunk = threadIdx.x % CHUNKS, r0 = threadIdx.x / CHUNKS;
   float x[PER_THREAD][8];
-  long long storage = (VARLEN ? 0 : (long long)b * p.groups) + g;
-  long long k_base = (long long)g * p.k_head + (long long)start * p.k_row, v_base = (long long)g * p.v_head + (long long)start * p.v_row;
-#if !VARLEN
+  long long storage = (long long)b * p.groups + g;
+  long long k_base = (long long)g * p.k_head, v_base = (long long)g * p.v_head;
   k_base += (long long)b * p.k_batch;
   v_base += (long long)b * p.v_batch;
-#endif
   const float* mean = p.mean ? p.mean + ((long long)b * p.groups + g) * HEAD_DIM : nullptr;
   bool bad = false;
   float top = block_max(load_block(p.k, k_base, p.k_row, block * KEYS, rows, x, mean, bad), bad, shared);
   float scale = bad ? __int_as_float(0x7fc00000) : top / 127.0f, inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
-  if (threadIdx.x == 0) p.scales[storage * p.blocks + block0 + block].x = scale;
-  signed char* k_to = p.k8 + (storage * p.blocks + block0 + block) * KEYS * HEAD_DIM;
+  if (threadIdx.x == 0) p.scales[storage * p.blocks + block].x = scale;
+  signed char* k_to = p.k8 + (storage * p.blocks + block) * KEYS * HEAD_DIM;
 #pragma unroll
   for (int n = 0; n < PER_THREAD; n++) {
     float y[8];
@@ -179,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantise_kv(const __grid_c
   scale = bad ? __int_as_float(0x7fc00000) : top / 448.0f;
 #endif
   inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
-  if (threadIdx.x == 0) p.scales[storage * p.blocks + block0 + block].y = scale;
+  if (threadIdx.x == 0) p.scales[storage * p.blocks + block].y = scale;
 #pragma unroll
   for (int n = 0; n < PER_THREAD; n++) {
     u32 lo, hi;
@@ -198,5 +179,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantise_kv(const __grid_c
     to[1] = hi;
   }
   __syncthreads();
-  store_transposed(tile, p.v8 + storage * HEAD_DIM * p.blocks * KEYS + (long long)(block0 + block) * KEYS, (long long)p.blocks * KEYS);
+  store_transposed(tile, p.v8 + storage * HEAD_DIM * p.blocks * KEYS + (long long)block * KEYS, (long long)p.blocks * KEYS);
 }
