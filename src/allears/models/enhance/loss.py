@@ -11,6 +11,7 @@ from torch import Tensor
 from allears.audio.stft import Stft
 from allears.diffusion.path import LinearPath
 from allears.models.enhance.config import EnhanceConfig
+from allears.models.enhance.loudness import loudness_cost
 from allears.models.enhance.model import EnhanceNet
 from allears.models.enhance.state import level_of, to_state, to_waveform
 
@@ -29,6 +30,7 @@ class LossWeights:
         spectra: absolute error of |X|^0.3 at three resolutions.
         snr_db: error-to-signal ratio of the waveform in dB, floored at -30.
         at_prior: share of clips drawn at t = 1, where the first step starts.
+        loudness: points of raw PESQ that the waveform loses (``loudness.py``); not computed at 0.
     """
 
     complex: float = 1.0
@@ -37,6 +39,7 @@ class LossWeights:
     spectra: float = 0.5
     snr_db: float = 0.005
     at_prior: float = 0.4
+    loudness: float = 0.0
 
 
 def draw_times(batch: int, at_prior: float, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -85,11 +88,10 @@ def flow_loss(
         difference = (estimate - x0).square().sum(-1).mean((-1, -2))
         sizes = ((s.square().sum(-1) + 1e-6).sqrt() for s in (estimate, x0))
         magnitude = (next(sizes) - next(sizes)).square().mean((-1, -2))
-        terms = {
-            "complex": difference,
-            "magnitude": magnitude,
-            **waveform_terms(to_waveform(estimate, clean.shape[-1], config), clean),
-        }
+        wave = to_waveform(estimate, clean.shape[-1], config)
+        terms = {"complex": difference, "magnitude": magnitude, **waveform_terms(wave, clean)}
+        if weights.loudness:
+            terms["loudness"] = loudness_cost(wave, clean)
         emphasis = 1.1 / (t + 0.1)
         total = sum(
             getattr(weights, name) * value * (emphasis if name in ("complex", "magnitude") else 1.0)
