@@ -11,17 +11,21 @@ __version__ = "0.1.0"
 _LAZY = {
     "attention": "allears.ops.attention",
     "AttentionSpec": "allears.ops.attention",
+    "LowBit": "allears.ops.attention",
     "explain": "allears.ops.attention",
+    "use_attention": "allears.nn.attention_hooks",
     "Enhancer": "allears.models.enhance",
 }
 
 if TYPE_CHECKING:
     from allears.models.enhance import Enhancer as Enhancer
+    from allears.nn.attention_hooks import use_attention as use_attention
     from allears.ops.attention import AttentionSpec as AttentionSpec
+    from allears.ops.attention import LowBit as LowBit
     from allears.ops.attention import attention as attention
     from allears.ops.attention import explain as explain
 
-__all__ = ["AttentionSpec", "Enhancer", "__version__", "attention", "explain"]
+__all__ = ["AttentionSpec", "Enhancer", "LowBit", "__version__", "attention", "explain", "use_attention"]
 
 
 def __getattr__(name: str):

@@ -1,7 +1,12 @@
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from allears.nn.attention import ChannelsLastConv, GatedConv, SelfAttention
+from allears import AttentionSpec
+from allears.nn.attention import ChannelsLastConv, CrossAttention, GatedConv, SelfAttention
 from allears.nn.rope import apply_rope, rope_table
 from allears.nn.timestep import TimestepEmbedding
 
@@ -44,6 +49,92 @@ def test_qk_norm_makes_scores_independent_of_size():
     torch.testing.assert_close(module(x), before, atol=1e-4, rtol=1e-3)
     with pytest.raises(ValueError, match="does not divide"):
         SelfAttention(10, 4)
+
+
+def by_hand(module, q, k, v, look):
+    """Attention of projected q (B, L, H, D), k and v (B, M, G, D), head by head, through the module's output layer."""
+    heads = []
+    for h in range(q.shape[2]):
+        g = h * k.shape[2] // q.shape[2]
+        scores = q[:, :, h] @ k[:, :, g].mT / q.shape[3] ** 0.5
+        scores = scores.masked_fill(~look, float("-inf"))
+        heads.append(scores.softmax(-1) @ v[:, :, g])
+    return module.out(torch.cat(heads, dim=-1))
+
+
+def test_grouped_causal_self_attention_by_hand():
+    torch.manual_seed(7)
+    module, x = SelfAttention(24, 6, kv_heads=2, causal=True), torch.randn(2, 5, 24)
+    assert module.qkv.weight.shape == (6 * 4 + 2 * 2 * 4, 24)
+    q, k, v = (part.unflatten(-1, (-1, 4)) for part in module.qkv(x).split((24, 8, 8), dim=-1))
+    table = rope_table(5, 4, x.device)
+    q, k = apply_rope(q, table), apply_rope(k, table)
+    look = torch.ones(5, 5, dtype=torch.bool).tril()
+    torch.testing.assert_close(module(x), by_hand(module, q, k, v, look))
+
+
+def test_the_offset_moves_positions_and_distance_alone_counts():
+    torch.manual_seed(8)
+    module, x = SelfAttention(16, 2), torch.randn(1, 6, 16)
+    torch.testing.assert_close(module(x, offset=11), module(x), atol=1e-5, rtol=1e-5)
+    (q, k, _), (q3, k3, _) = module._project(x, 0), module._project(x[:, 3:], 3)
+    torch.testing.assert_close(q3, q[:, 3:])
+    torch.testing.assert_close(k3, k[:, 3:])
+    assert (module._project(x[:, 3:], 0)[0] - q3).abs().max() > 0.05
+
+
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.sets(st.integers(1, 11)), norm=st.booleans())
+def test_steps_of_any_lengths_equal_the_whole(cuts, norm):
+    torch.manual_seed(9)
+    module, x = SelfAttention(16, 4, qk_norm=norm, kv_heads=2, causal=True), torch.randn(2, 12, 16)
+    edges, state, out = [0, *sorted(cuts), 12], None, []
+    for a, b in pairwise(edges):
+        before = None if state is None else [part.clone() for part in state[:2]]
+        y, new = module.step(x[:, a:b], state)
+        if state is not None:
+            assert all(torch.equal(a, b) for a, b in zip(before, state[:2], strict=True))
+        out.append(y)
+        state = new
+    torch.testing.assert_close(torch.cat(out, dim=1), module(x), atol=2e-6, rtol=1e-5)
+    assert state.position == 12 and state.k.shape == (2, 12, 2, 4)
+
+
+def test_a_bounded_state_is_a_window():
+    torch.manual_seed(10)
+    module, x = SelfAttention(16, 2, causal=True), torch.randn(1, 9, 16)
+    look = torch.ones(9, 9, dtype=torch.bool).tril() & torch.ones(9, 9, dtype=torch.bool).triu(-3)
+    state, out = None, []
+    for i in range(9):
+        y, state = module.step(x[:, i : i + 1], state, keep=3)
+        out.append(y)
+    torch.testing.assert_close(torch.cat(out, dim=1), module(x, mask=look), atol=2e-6, rtol=1e-5)
+    assert state.k.shape[1] == 3 and state.position == 9
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_cross_attention_by_hand(norm):
+    torch.manual_seed(11)
+    module = CrossAttention(12, 4, context_channels=10, qk_norm=norm, kv_heads=2)
+    x, context = torch.randn(2, 5, 12), torch.randn(2, 7, 10)
+    look = torch.rand(2, 1, 5, 7) > 0.3
+    look[..., 0] = True
+    q = module.q(x).unflatten(-1, (4, 3))
+    k, v = (part.unflatten(-1, (2, 3)) for part in module.kv(context).chunk(2, dim=-1))
+    if norm:
+        q, k = (part * (part.square().mean(-1, keepdim=True) + 1e-5).rsqrt() for part in (q, k))
+    torch.testing.assert_close(module(x, context, look), by_hand(module, q, k, v, look[:, 0]))
+
+
+def test_attention_modules_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="kv_heads: 3 does not divide heads 4"):
+        SelfAttention(12, 4, kv_heads=3)
+    with pytest.raises(ValueError, match="not causal"):
+        SelfAttention(12, 4).step(torch.zeros(1, 1, 12))
+    with pytest.raises(ValueError, match="keep: 0"):
+        SelfAttention(12, 2, causal=True).step(torch.zeros(1, 1, 12), keep=0)
+    with pytest.raises(ValueError, match="a context has no order"):
+        CrossAttention(12, 4, spec=AttentionSpec(causal=True))
 
 
 def test_channels_last_conv_equals_the_usual_layout():

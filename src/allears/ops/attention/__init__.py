@@ -1,6 +1,9 @@
 """Attention behind one door: ``attention(q, k, v, spec=...)``; ``explain`` says which kernel runs and why."""
 
-from allears.ops.attention.dispatch import Backend, Choice, attention, backends, explain
-from allears.ops.attention.spec import AttentionSpec
+from allears.ops.attention.backend import Backend
+from allears.ops.attention.call import Facts
+from allears.ops.attention.dispatch import Choice, attention, backends, explain
+from allears.ops.attention.lowbit.options import LowBit
+from allears.ops.attention.spec import AttentionSpec, Numerics
 
-__all__ = ["AttentionSpec", "Backend", "Choice", "attention", "backends", "explain"]
+__all__ = ["AttentionSpec", "Backend", "Choice", "Facts", "LowBit", "Numerics", "attention", "backends", "explain"]

@@ -1,129 +1,211 @@
-"""Which kernel runs a call. A caller who names a kernel gets that one or an error, never another one."""
+"""The door: which kernel runs a call. A caller who names a kernel gets that one or an error, never another one."""
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from allears.ops.attention.backend import Backend
+from allears.ops.attention.call import Facts, autocast_inputs, check_packing, check_tensors, gather_facts
+from allears.ops.attention.dense.flash4 import flash4_backends
 from allears.ops.attention.dense.reference import reference_attention
-from allears.ops.attention.dense.sdpa import sdpa_attention
-from allears.ops.attention.spec import AttentionSpec
-
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float | None], Tensor]
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A kernel, whether this machine can run it at all, and why not if not."""
-
-    name: str
-    run: Kernel
-    refuses: Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionSpec], str]
-    available: bool = True
-    reason: str = ""
+from allears.ops.attention.dense.sdpa import sdpa_backends
+from allears.ops.attention.spec import AttentionSpec, Numerics
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that a call runs, and the reason against each kernel that was passed over."""
+    """The kernel that a call runs.
+
+    Args:
+        kernel: its name.
+        refused: why each other kernel of the same numerics cannot run the call.
+        able: the other kernels that could, in the order of ``auto``.
+    """
 
     kernel: str
     refused: dict[str, str]
+    able: tuple[str, ...] = ()
 
 
-def _sdpa_refuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> str:
-    if spec.causal and q.shape[1] > k.shape[1]:
-        return (
-            "with more queries than keys, causal attention leaves the first queries without a key, where it gives NaN"
-        )
+def _never(facts: Facts, spec: AttentionSpec) -> str:
     return ""
 
 
-def _never(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> str:
-    return ""
+_DENSE = (*sdpa_backends(), *flash4_backends(), Backend("reference", reference_attention, _never))
+_lowbit: dict[str, tuple[Backend, ...]] = {}
+_PLAIN = AttentionSpec()
+_decisions: dict[tuple[AttentionSpec, Facts], Backend] = {}
 
 
-_BACKENDS = (Backend("sdpa", sdpa_attention, _sdpa_refuses), Backend("reference", reference_attention, _never))
-
-
-def backends() -> tuple[Backend, ...]:
-    """Every kernel, in the order in which ``kernel="auto"`` tries them."""
-    return _BACKENDS
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)} given; attention takes (B, L, H, D)")
-    if k.shape != v.shape:
-        raise ValueError(f"v: shape {tuple(v.shape)} differs from k's {tuple(k.shape)}; both must be (B, L_k, G, D)")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}; B and D must be equal")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"k: {k.shape[2]} heads do not divide q's {q.shape[2]}; grouped-query attention needs a multiple"
-        )
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype} given; all three must be one floating dtype")
-    if mask is not None:
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise ValueError(f"mask: dtype {mask.dtype} given; use bool (True = look) or a float added to the logits")
-        wanted = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-        try:
-            fits = torch.broadcast_shapes(mask.shape, wanted) == wanted
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(f"mask: shape {tuple(mask.shape)} does not broadcast to (B, H, L_q, L_k) = {wanted}")
-
-
-def _choose(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec
-) -> tuple[Backend, dict[str, str]]:
-    if spec.kernel != "auto":
-        named = next((backend for backend in _BACKENDS if backend.name == spec.kernel), None)
-        if named is None:
-            known = ", ".join(backend.name for backend in _BACKENDS)
-            raise ValueError(f"kernel: {spec.kernel!r} is unknown; known are auto, {known}")
-        reason = named.reason or named.refuses(q, k, v, mask, spec)
-        if reason:
-            raise ValueError(f"kernel: {spec.kernel!r} cannot run this call: {reason}; use kernel='auto'")
-        return named, {}
-    refused: dict[str, str] = {}
-    for backend in _BACKENDS:
-        reason = backend.reason or backend.refuses(q, k, v, mask, spec)
-        if not reason:
-            return backend, refused
-        refused[backend.name] = reason
-    raise ValueError(f"attention: no kernel can run this call: {refused}")
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec | None = None, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention.
-
-    Args:
-        q: (B, L_q, H, D).
-        k, v: (B, L_k, G, D) with H a multiple of G (grouped-query attention).
-        spec: what kind; the default is dense and bidirectional.
-        mask: broadcastable to (B, H, L_q, L_k); boolean (True = look) or added to the logits.
-            Each query must keep at least one key.
-
-    Returns:
-        (B, L_q, H, D), in the dtype of ``q``. Inputs are never changed.
+def backends(numerics: Numerics = "exact") -> tuple[Backend, ...]:
+    """Every kernel of these numerics, in the order in which ``kernel="auto"`` tries them.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or the named kernel cannot run the call.
+        ValueError: this installation has no kernels for them.
     """
-    spec = spec or AttentionSpec()
-    _check(q, k, v, mask)
-    backend, _ = _choose(q, k, v, mask, spec)
-    return backend.run(q, k, v, mask, spec.causal, spec.scale)
+    if numerics == "exact":
+        return _DENSE
+    problem = _load_lowbit()
+    if problem:
+        raise ValueError(
+            f"numerics: {numerics!r} has no kernels in this installation ({problem}); use numerics='exact'"
+        )
+    if not _lowbit.get(numerics):
+        raise ValueError(f"numerics: {numerics!r} has no kernels; there are some for exact, {', '.join(_lowbit)}")
+    return _lowbit[numerics]
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec | None = None, mask: Tensor | None = None) -> Choice:
-    """Which kernel :func:`attention` would run, and why each earlier one was passed over."""
-    spec = spec or AttentionSpec()
-    _check(q, k, v, mask)
-    backend, refused = _choose(q, k, v, mask, spec)
-    return Choice(backend.name, refused)
+@torch.compiler.assume_constant_result
+def _load_lowbit() -> str:
+    """Fill ``_lowbit`` from the low-bit families at their first use; why they cannot be imported, or ``""``."""
+    if not _lowbit:
+        try:
+            _lowbit.update(import_module("allears.ops.attention.lowbit.backends").BACKENDS)
+        except ImportError as error:
+            return str(error)
+    return ""
+
+
+def _order(facts: Facts, spec: AttentionSpec) -> list[Backend]:
+    """As listed; where others would pad or make a mask, those that need none come first."""
+    known = backends(spec.numerics)
+    if facts.packed or (facts.causal and not facts.square and facts.mask == "none"):
+        return [b for b in known if b.ragged] + [b for b in known if not b.ragged]
+    return list(known)
+
+
+def _choose(facts: Facts, spec: AttentionSpec) -> Backend:
+    if spec.kernel != "auto":
+        for backend in backends(spec.numerics):
+            if backend.name == spec.kernel:
+                reason = backend.objection(facts, spec)
+                if reason:
+                    raise ValueError(f"kernel: {spec.kernel!r} cannot run this call: {reason}; or use kernel='auto'")
+                return backend
+        known = ", ".join([backend.name for backend in backends(spec.numerics)])
+        raise ValueError(f"kernel: {spec.kernel!r} is unknown; known for {spec.numerics!r} are auto, {known}")
+    for backend in _order(facts, spec):
+        if not backend.objection(facts, spec):
+            return backend
+    reasons = "; ".join([f"{b.name}: {b.objection(facts, spec)}" for b in _order(facts, spec)])
+    raise ValueError(f"attention: no kernel of numerics {spec.numerics!r} can run this call: {reasons}")
+
+
+def _resolve(facts: Facts, spec: AttentionSpec) -> Backend:
+    """:func:`_choose`, once for each (spec, facts)."""
+    if torch.compiler.is_compiling():
+        return _choose(facts, spec)
+    backend = _decisions.get((spec, facts))
+    if backend is None:
+        backend = _decisions[spec, facts] = _choose(facts, spec)
+    return backend
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec | None = None,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec | None = None,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec | None = None,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention: softmax(scale * q k^T + mask) v.
+
+    Args:
+        q: (B, L_q, H, D), or with ``cu_seqlens_q`` the packed (T_q, H, D): all queries of S sequences in a row.
+        k, v: (B, L_k, G, D), or packed (T_k, G, D), with H a multiple of G (grouped-query attention).
+        spec: what kind; the default is dense, exact and bidirectional.
+        mask: broadcastable to (B, H, L_q, L_k); boolean (True = look) or added to the logits. Not for packed input.
+            What is masked must still be finite: its weight is 0, and 0 * NaN is NaN.
+        cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 offsets; sequence s owns rows cu[s] to cu[s + 1].
+        max_seqlen_q, max_seqlen_k: the longest sequence; read from the offsets if missing, which waits for a GPU
+            and is refused under torch.compile.
+        return_lse: also return the log-sum-exp of the logits, differentiable.
+
+    Returns:
+        The output, shaped and typed as ``q`` (under autocast in its dtype); a query without keys gives zeros.
+        With ``return_lse`` the pair (output, lse): lse natural-log, float32 (float64 for float64), (B, H, L_q) or
+        packed (H, T_q), -inf for a query without keys. Inputs are never changed.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, the named kernel cannot run the call, or gradients are asked
+            of a kernel that has none.
+    """
+    spec = spec or _PLAIN
+    q, k, v = autocast_inputs(q, k, v)
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    check_tensors(q, k, v, mask, packed)
+    packing = check_packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    backend = _resolve(gather_facts(q, k, v, mask, spec.causal, packed, return_lse), spec)
+    more: dict[str, Any] = {}
+    if mask is not None:
+        more["mask"] = mask[(None,) * (4 - mask.dim())]
+    if packing is not None:
+        more.update(packing._asdict())
+    if spec.numerics != "exact":
+        more["options"] = spec.lowbit
+    scale = spec.scale if spec.scale is not None else 1 / math.sqrt(q.shape[-1])
+    return backend.run(q, k, v, causal=spec.causal, scale=scale, return_lse=return_lse, **more)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec | None = None,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: bool = False,
+) -> Choice:
+    """Which kernel :func:`attention` would run for the same arguments, and why not each other one."""
+    spec = spec or _PLAIN
+    q, k, v = autocast_inputs(q, k, v)
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    check_tensors(q, k, v, mask, packed)
+    check_packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    facts = gather_facts(q, k, v, mask, spec.causal, packed, return_lse)
+    chosen = _resolve(facts, spec)
+    reasons = {b.name: b.objection(facts, spec) for b in _order(facts, spec) if b is not chosen}
+    refused = {name: reason for name, reason in reasons.items() if reason}
+    return Choice(chosen.name, refused, tuple(name for name in reasons if name not in refused))

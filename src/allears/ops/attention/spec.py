@@ -1,6 +1,19 @@
 """What attention is asked for, as a frozen value."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from allears.ops.attention.lowbit.options import LowBit
+
+Numerics = Literal["exact", "int8_fp8", "int8_fp16", "sagebwd", "nvfp4"]
+"""Which numbers the products are computed in: ``exact`` is the dtype of the inputs; the others are low-bit families."""
+
+_LOWBIT = LowBit()
+
+
+def _plain() -> LowBit:
+    """The default, from a global: torch.compile traces this where it would not trace a constructor."""
+    return _LOWBIT
 
 
 @dataclass(frozen=True)
@@ -13,12 +26,22 @@ class AttentionSpec:
         causal: query ``i`` of ``L_q`` sees keys up to ``i + L_k - L_q`` (aligned at the bottom right, as KV-cache
             decoding needs).
         scale: factor on the logits; ``None`` means ``1 / sqrt(D)``.
+        numerics: the family of kernels: ``"exact"``, ``"int8_fp8"``, ``"int8_fp16"``, ``"sagebwd"`` or ``"nvfp4"``.
+        lowbit: smoothing, granularity and backward of the low-bit families; not read by ``"exact"``.
+
+    Raises:
+        ValueError: the scale is not positive, or the numerics are unknown.
     """
 
     kernel: str = "auto"
     causal: bool = False
     scale: float | None = None
+    numerics: Numerics = "exact"
+    lowbit: LowBit = field(default_factory=_plain)
 
     def __post_init__(self) -> None:
         if self.scale is not None and not self.scale > 0:
             raise ValueError(f"scale: {self.scale} given; it must be positive, or None for 1 / sqrt(D)")
+        if self.numerics not in get_args(Numerics):
+            known = ", ".join(map(repr, get_args(Numerics)))
+            raise ValueError(f"numerics: {self.numerics!r} given; it must be one of {known}")

@@ -1,0 +1,298 @@
+"""Small random models of transformers and diffusers give the same through our attention, and undo restores them."""
+
+import pytest
+import torch
+from torch import nn
+
+from allears import AttentionSpec
+from allears.nn.attention_hooks import AttentionHandle, use_attention
+
+REFERENCE = AttentionSpec(kernel="reference")
+
+
+def agree(a, b):
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often our attention ran, and with which mask."""
+    import allears.nn.attention_hooks as hooks
+    import allears.nn.attention_processors as processors
+
+    seen = []
+    for module in (hooks, processors):
+        inner = module.attention
+
+        def counted(q, k, v, spec=None, mask=None, *, inner=inner):
+            seen.append((spec, mask))
+            return inner(q, k, v, spec, mask)
+
+        monkeypatch.setattr(module, "attention", counted)
+    return seen
+
+
+@pytest.fixture
+def llama():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def bert():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    return transformers.BertModel(config).eval()
+
+
+@torch.no_grad()
+def test_llama_is_the_same_and_comes_back(llama, calls):
+    tokens = torch.randint(50, (2, 11))
+    before, wanted = llama.config._attn_implementation, llama(tokens).logits
+    with use_attention(llama, REFERENCE):
+        agree(llama(tokens).logits, wanted)
+        assert len(calls) == 2 and all(spec.kernel == "reference" and spec.causal for spec, _ in calls)
+    assert llama.config._attn_implementation == before
+    assert torch.equal(llama(tokens).logits, wanted) and len(calls) == 2
+
+
+@torch.no_grad()
+def test_llama_with_left_padding(llama, calls):
+    tokens, mask = torch.randint(50, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    wanted = llama(tokens, attention_mask=mask).logits
+    with use_attention(llama):
+        out = llama(tokens, attention_mask=mask).logits
+    agree(out[mask.bool()], wanted[mask.bool()])
+    assert calls[0][1].dtype == torch.bool
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_llama_decodes_the_same(llama, calls, cache):
+    tokens = torch.randint(50, (1, 7))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
+    options |= {"disable_compile": True}
+    wanted = llama.generate(tokens, **options)
+    with use_attention(llama):
+        assert torch.equal(llama.generate(tokens, **options), wanted)
+    assert len(calls) == 2 * 6
+
+
+def test_llama_gradients_are_the_same(llama):
+    tokens, grads = torch.randint(50, (2, 8)), []
+    for handle in (AttentionHandle(lambda: None), use_attention(llama)):
+        with handle:
+            llama.zero_grad()
+            llama(tokens, labels=tokens).loss.backward()
+            grads.append(llama.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    agree(grads[1], grads[0])
+    assert grads[0].abs().max() > 1e-6
+
+
+@torch.no_grad()
+def test_bert_with_padding(bert, calls):
+    tokens, mask = torch.randint(50, (3, 10)), torch.ones(3, 10, dtype=torch.long)
+    mask[0, 6:], mask[2, 3:] = 0, 0
+    wanted, plain = bert(tokens, attention_mask=mask)[0], bert(tokens)[0]
+    handle = use_attention(bert, REFERENCE)
+    agree(bert(tokens, attention_mask=mask)[0], wanted)
+    agree(bert(tokens)[0], plain)
+    assert not any(spec.causal for spec, _ in calls) and len(calls) == 4
+    handle.undo()
+    handle.undo()
+    assert torch.equal(bert(tokens, attention_mask=mask)[0], wanted) and len(calls) == 4
+
+
+def test_what_transformers_may_ask_for_and_we_do_not_have(llama, bert):
+    tokens = torch.randint(50, (1, 5))
+    with use_attention(bert), pytest.raises(ValueError, match=r"dropout: 0\.1 given"):
+        bert.train()(tokens)
+    with (
+        use_attention(llama, AttentionSpec(kernel="sdpa-cudnn")),
+        pytest.raises(ValueError, match="'sdpa-cudnn' cannot"),
+    ):
+        llama(tokens)
+    with use_attention(llama):
+        attend = pytest.importorskip("transformers").modeling_utils.ALL_ATTENTION_FUNCTIONS[
+            llama.config._attn_implementation
+        ]
+    x = torch.randn(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="attention sinks"):
+        attend(nn.Identity(), x, x, x, None, s_aux=torch.zeros(2))
+    with pytest.raises(ValueError, match="output_attentions"):
+        attend(nn.Identity(), x, x, x, None, output_attentions=True)
+    with pytest.raises(ValueError, match="alignment is unknown"):
+        attend(nn.Identity(), x[:, :, :2], x, x, None)
+
+
+def test_position_bias_is_added_to_either_mask(llama):
+    with use_attention(llama):
+        attend = pytest.importorskip("transformers").modeling_utils.ALL_ATTENTION_FUNCTIONS[
+            llama.config._attn_implementation
+        ]
+    torch.manual_seed(2)
+    x, bias, look = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 4), torch.ones(4, 4, dtype=torch.bool).tril()
+    hidden = bias.masked_fill(~look, float("-inf"))
+    wanted = ((x @ x.mT / 8**0.5 + hidden).softmax(-1) @ x).transpose(1, 2)
+    for mask in (look[None, None], torch.zeros(1, 1, 4, 4).masked_fill(~look, float("-inf"))):
+        agree(attend(nn.Identity(), x, x, x, mask, position_bias=bias)[0], wanted)
+
+
+@pytest.fixture
+def wan():
+    diffusers = pytest.importorskip("diffusers")
+
+    def make(**more):
+        torch.manual_seed(3)
+        return diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=24,
+            num_layers=2,
+            rope_max_seq_len=16,
+            **more,
+        ).eval()
+
+    return make
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [False, True])
+def test_wan_is_the_same_and_comes_back(wan, calls, fused):
+    model = wan()
+    if fused:
+        model.fuse_qkv_projections()
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 2, 6, 4),
+        "timestep": torch.tensor([300]),
+        "encoder_hidden_states": torch.randn(1, 5, 16),
+    }
+    wanted, before = model(**inputs)[0], dict(model.attn_processors)
+    with use_attention(model, REFERENCE):
+        agree(model(**inputs)[0], wanted)
+        assert len(calls) == 4  # two layers, each with self- and cross-attention
+    assert dict(model.attn_processors) == before
+    assert torch.equal(model(**inputs)[0], wanted) and len(calls) == 4
+
+
+@torch.no_grad()
+def test_wan_image_to_video(wan, calls):
+    model = wan(image_dim=20, added_kv_proj_dim=24)
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 1, 4, 4),
+        "timestep": torch.tensor([300]),
+        "encoder_hidden_states": torch.randn(1, 512, 16),
+        "encoder_hidden_states_image": torch.randn(1, 7, 20),
+    }
+    wanted = model(**inputs)[0]
+    with use_attention(model):
+        agree(model(**inputs)[0], wanted)
+    assert len(calls) == 6
+
+
+@torch.no_grad()
+def test_dit_is_the_same_and_comes_back(calls):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(4)
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, patch_size=2
+    ).eval()
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([7, 9]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+    wanted = model(**inputs).sample
+    with use_attention(model):
+        agree(model(**inputs).sample, wanted)
+        assert len(calls) == 2
+    assert torch.equal(model(**inputs).sample, wanted) and len(calls) == 2
+
+
+@torch.no_grad()
+def test_unet_with_cross_attention_and_masks(calls):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(5)
+    model = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("AttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "AttnUpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    ).eval()
+    look = torch.ones(2, 6, dtype=torch.long)
+    look[1, 3:] = 0
+    inputs = {
+        "sample": torch.randn(2, 4, 8, 8),
+        "timestep": 5,
+        "encoder_hidden_states": torch.randn(2, 6, 12),
+        "encoder_attention_mask": look,
+    }
+    wanted = model(**inputs).sample
+    with use_attention(model):
+        agree(model(**inputs).sample, wanted)
+    assert len(calls) == len(model.attn_processors) and any(mask is not None for _, mask in calls)
+    assert torch.equal(model(**inputs).sample, wanted)
+
+
+def test_a_layer_without_counterpart_is_named():
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    )
+    before = dict(model.attn_processors)
+    with pytest.raises(ValueError, match=r"2 of 2 attention layers have no counterpart .*FluxAttnProcessor"):
+        use_attention(model)
+    assert dict(model.attn_processors) == before
+
+
+def test_models_without_hooks_and_specs_of_the_caller():
+    with pytest.raises(ValueError, match="Linear has no hook for attention; give a transformers or diffusers"):
+        use_attention(nn.Linear(2, 2))
+    pipeline = nn.Module()
+    pipeline.transformer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="give its transformer"):
+        use_attention(pipeline)
+    with pytest.raises(ValueError, match="the model decides"):
+        use_attention(nn.Linear(2, 2), AttentionSpec(causal=True))
+
+
+def test_undo_runs_once_even_after_an_error():
+    runs = []
+    handle = AttentionHandle(lambda: runs.append(1))
+    with pytest.raises(KeyError), handle:
+        raise KeyError
+    handle.undo()
+    assert runs == [1]
