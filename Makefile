@@ -47,7 +47,7 @@ $(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
 
 $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml
 	@echo "installing allears with everything that the checks need into $(VENV)"
-	$(PIP) install --quiet --editable ".[dev,eval,train,media]"
+	$(PIP) install --quiet --editable ".[dev,eval,train,media,text]"
 	touch $@ $(STAMPS)/demo
 
 demo: $(STAMPS)/demo

@@ -1,66 +1,29 @@
 """Result files: ``benchmarks/results/NAME.json``, with where, when, at which commit and by which command they came."""
 
-import json
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from allears.bench.results import machine, row, write_document
+
+__all__ = ["RESULTS", "ROOT", "commit", "machine", "row", "write"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def row(
-    case: str,
-    system: str,
-    metric: str,
-    value: float,
-    low: float | None = None,
-    high: float | None = None,
-    n: int | None = None,
-) -> dict[str, Any]:
-    """One result: a value, with its 95 % interval and number of clips where it has them."""
-    extras = {"low": low, "high": high, "n": n}
-    kept = {key: _rounded(extra) for key, extra in extras.items() if extra is not None}
-    return {"case": case, "system": system, "metric": metric, "value": _rounded(value), **kept}
-
-
-def write(name: str, rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = (), folder: Path = RESULTS) -> Path:
-    """Write ``NAME.json`` whole, or not at all; returns its path."""
-    document = {
-        "machine": machine(),
-        "commit": commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
-        "notes": list(notes),
-        "rows": [dict(r) for r in rows],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    partial = path.with_suffix(".json.tmp")
-    head = json.dumps({key: value for key, value in document.items() if key != "rows"}, indent=1)
-    body = ",\n".join("  " + json.dumps(r) for r in document["rows"])  # a row a line: differences read well
-    partial.write_text(f'{head[:-2]},\n "rows": [\n{body}\n ]\n}}\n')
-    os.replace(partial, path)
-    return path
-
-
-def machine() -> str:
-    """Processor, cores, memory and software, in one line."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-        memory = f", {memory_gb:.0f} GB"
-    except (OSError, StopIteration, ValueError, AttributeError):
-        memory = ""
-    cores = os.cpu_count()
-    return f"{model}, {cores} cores{memory}, {platform.system()}, Python {platform.python_version()}"
+def write(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    notes: Sequence[str] = (),
+    folder: Path = RESULTS,
+    measured: str | None = None,
+) -> Path:
+    """Write ``NAME.json`` whole, or not at all; returns its path. ``measured`` is the commit, by default git's."""
+    command = "python -m benchmarks " + " ".join(sys.argv[1:])
+    return write_document(folder / f"{name}.json", rows, notes, command, measured or commit())
 
 
 def commit() -> str:
@@ -76,10 +39,3 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{head}+changes" if changed else head
-
-
-def _rounded(value: float) -> float | int | None:
-    """Six significant digits; NaN and infinity, which JSON lacks, become null."""
-    if isinstance(value, int):
-        return value
-    return float(f"{value:.6g}") if abs(value) < float("inf") else None

@@ -3,11 +3,12 @@
 import json
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from allears.cli import doctor
+from allears.cli import doctor, kernels
 from allears.cli.main import main
 from allears.core.weights import save_weights
 
@@ -33,6 +34,7 @@ def test_text_has_every_section(capsys):
     lines = capsys.readouterr().out.splitlines()
     for section in ("machine", "audio files", "extras", "attention kernels", "models"):
         assert section in lines
+    assert any(line.startswith("attention by numerics (") for line in lines)
 
 
 def test_extras_are_those_of_the_project():
@@ -88,3 +90,64 @@ def test_a_broken_attention_room_is_shown_not_raised(monkeypatch):
     monkeypatch.setattr(room, "backends", broken)
     (row,) = doctor.attention_backends()
     assert row == {"name": "attention", "available": False, "reason": "RuntimeError: driver too old"}
+
+
+def test_each_kind_of_numerics_says_what_runs_or_why_nothing_does(capsys):
+    from allears.ops.attention import Numerics, explain
+
+    assert main(["doctor", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["numerics"]
+    assert [row["numerics"] for row in rows] == list(get_args(Numerics))
+    for row in rows:
+        for use in ("inference", "training"):
+            assert row[use]["kernel"] or row[use]["refused"]["all"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q = torch.empty(1, 256, 2, 128, dtype=torch.bfloat16, device=device)
+    exact = explain(q, q, q)
+    assert rows[0]["device"] == device and rows[0]["inference"]["kernel"] == exact.kernel
+    assert rows[0]["inference"]["refused"] == exact.refused
+    assert "reference" in [rows[0]["training"]["kernel"], *rows[0]["training"]["able"]]
+
+
+def test_training_is_asked_about_with_gradients(monkeypatch):
+    import allears.ops.attention as room
+
+    def explain(q, k, v, spec):
+        return room.Choice(f"{spec.numerics} {q.requires_grad and torch.is_grad_enabled()}", {})
+
+    monkeypatch.setattr(room, "explain", explain)
+    row = kernels.numerics_report()[1]
+    assert (row["inference"]["kernel"], row["training"]["kernel"]) == ("int8_fp8 False", "int8_fp8 True")
+
+
+def test_uses_that_differ_get_a_line_each_and_refusals_theirs():
+    nothing = {"kernel": None, "able": [], "refused": {"all": "no gradient"}}
+    fast = {"kernel": "quick", "able": ["slow"], "refused": {"best": "needs another GPU"}}
+    lines = kernels.numerics_text(
+        [
+            {"numerics": "four", "device": "cuda", "inference": fast, "training": nothing},
+            {"numerics": "eight", "device": "cuda", "inference": fast, "training": fast},
+        ]
+    )
+    assert [line.strip() for line in lines] == [
+        "four      inference: quick (also able: slow)",
+        "not best: needs another GPU",
+        "training: none: no gradient",
+        "eight     inference and training: quick (also able: slow)",
+        "not best: needs another GPU",
+    ]
+
+
+def test_numerics_of_a_broken_attention_room_are_shown_not_raised(monkeypatch):
+    import allears.ops.attention as room
+
+    def broken(*arguments):
+        raise RuntimeError("driver too old")
+
+    monkeypatch.setattr(room, "explain", broken)
+    for row in kernels.numerics_report():
+        assert row["inference"] == {"kernel": None, "able": [], "refused": {"all": "RuntimeError: driver too old"}}
+    monkeypatch.delattr(room, "Numerics")
+    (row,) = kernels.numerics_report()
+    assert row["training"]["kernel"] is None and "Numerics" in row["training"]["refused"]["all"]
+    assert any("Numerics" in line for line in kernels.numerics_text([row]))

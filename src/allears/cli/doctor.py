@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from allears import __version__
+from allears.cli.kernels import PROBE, numerics_report, numerics_text
 
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train": ("training recipes: curves, room simulation", ("tensorboard", "matplotlib", "pyroomacoustics")),
     "eval": ("scores: PESQ, ESTOI, DNSMOS", ("pesq", "pystoi", "speechmos", "onnxruntime", "librosa", "scipy")),
     "media": ("any container or codec that FFmpeg reads", ("av",)),
+    "text": ("text corpora: the tokenizer", ("tokenizers",)),
     "gpu": ("attention and matrix kernels on a CUDA GPU", ("triton",)),
+    "hub": ("transformers and diffusers models on our attention", ("transformers", "diffusers")),
     "dev": ("the project's own tests and checks", ("pytest", "hypothesis", "ruff", "importlinter", "pyrefly")),
 }
 """Every optional extra: what it unlocks, and the modules it brings."""
@@ -49,6 +52,7 @@ def examine() -> dict[str, Any]:
         "audio": audio_formats(),
         "extras": extras(),
         "attention": attention_backends(),
+        "numerics": numerics_report(),
         "models": models(),
     }
 
@@ -194,6 +198,8 @@ def to_text(report: dict[str, Any]) -> str:
     for kernel in report["attention"]:
         why = f": {kernel['reason']}" if kernel["reason"] else ""
         lines.append(f"  {_mark(kernel['available'])} {kernel['name']}{why}")
+    numerics = report["numerics"]
+    lines += ["", f"attention by numerics ({numerics[0]['device']}, {PROBE})", *numerics_text(numerics)]
     lines += ["", "models"]
     for model in report["models"]:
         good = f"{(model['parameters'] or 0) / 1e6:.2f} M parameters, {model['mib']} MiB, weights verified"

@@ -25,6 +25,7 @@ VERBS = {
     "eval": "score audio files, or a model on a test set",
     "train": "train a model from a recipe",
     "data": "prepare the corpora and inspect their manifests",
+    "bench": "measure attention on this machine, beside the other packages installed",
     "doctor": "show what this machine has, and which kernels and models can run on it",
 }
 """Every verb with its summary. A static table, so that ``allears --help`` imports none of them."""
