@@ -1,5 +1,7 @@
-"""CUDA C++ kernels that ship as source and are compiled at first use by NVRTC, the compiler library that comes with torch's CUDA
-wheels: no toolkit, nothing at install. Compiled kernels are kept in ``~/.cache/allears/kernels`` (``ALLEARS_CACHE`` moves it).
+"""CUDA C++ kernels that ship as source and are compiled at first use by NVRTC, the compiler library that comes with
+torch's CUDA wheels: no toolkit, nothing at install. Compiled kernels are kept in ``~/.cache/allears/kernels``
+(``ALLEARS_CACHE`` moves it). Compiling alone needs no GPU, and beside a torch without CUDA the package
+``nvidia-cuda-nvrtc``.
 """
 
 import ctypes
@@ -19,7 +21,11 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 _SHARED_LIMIT_ATTRIBUTE = 8
-_MAP_TYPES = {torch.uint8: 0, torch.int8: 0, torch.float8_e4m3fn: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+_MAP_TYPES = dict.fromkeys((torch.uint8, torch.int8, torch.float8_e4m3fn), 0) | {
+    torch.float16: 6,
+    torch.float32: 7,
+    torch.bfloat16: 9,
+}
 _SWIZZLE = {32: 1, 64: 2, 128: 3}
 _L2_PROMOTION_256 = 3
 
@@ -30,18 +36,23 @@ class KernelError(RuntimeError):
 
 @cache
 def _nvrtc() -> ctypes.CDLL:
-    major = (torch.version.cuda or "").split(".")[0]
-    folders: list[Path] = []
+    built = (torch.version.cuda or "").split(".")[0]
+    majors = [built] if built else ["13", "12"]  # beside a torch without CUDA: what is installed
     spec = importlib.util.find_spec("nvidia")
-    for root in spec.submodule_search_locations or [] if spec else []:
-        folders += [Path(root) / f"cu{major}" / "lib", Path(root) / "cuda_nvrtc" / "lib"]
-    names = [str(folder / f"libnvrtc.so.{major}") for folder in folders] + [f"libnvrtc.so.{major}", "libnvrtc.so"]
-    for name in names:
+    roots = [Path(root) for root in (spec.submodule_search_locations or [] if spec else [])]
+    names: list[str] = []
+    for major in majors:
+        folders = [root / inner / "lib" for root in roots for inner in (f"cu{major}", "cuda_nvrtc")]
+        names += [str(folder / f"libnvrtc.so.{major}") for folder in folders] + [f"libnvrtc.so.{major}"]
+    for name in (*names, "libnvrtc.so"):
         try:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise KernelError(f"libnvrtc.so.{major} was not found; it comes with torch's CUDA wheels (nvidia-cuda-nvrtc)")
+    raise KernelError(
+        f"libnvrtc.so.{majors[0]} was not found; it comes with torch's CUDA wheels, or with pip install "
+        f"nvidia-cuda-nvrtc"
+    )
 
 
 @cache
@@ -68,19 +79,27 @@ def _cache_folder() -> Path:
 
 
 def compile_cubin(
-    source: str, name: str, headers: Mapping[str, str], defines: Mapping[str, int | str], arch: str = "sm_90a"
+    source: str,
+    name: str,
+    headers: Mapping[str, str],
+    defines: Mapping[str, int | str],
+    arch: str = "sm_90a",
+    flags: Sequence[str] = (),
 ) -> bytes:
     """Machine code of ``source`` for ``arch``, from the cache where it is there.
+
+    What the compiler says of a source that it accepts is logged at level INFO.
 
     Args:
         headers: texts by the names under which ``source`` includes them.
         defines: preprocessor macros.
+        flags: more options of NVRTC, such as ``--ptxas-options=-v``.
 
     Raises:
         KernelError: the compiler refused the source; the message holds its log.
     """
     options = [f"--gpu-architecture={arch}", "--std=c++17", "-default-device"]
-    options += [f"-D{key}={value}" for key, value in sorted(defines.items())]
+    options += [f"-D{key}={value}" for key, value in sorted(defines.items())] + list(flags)
     lib = _nvrtc()
     major, minor = c_int(), c_int()
     lib.nvrtcVersion(byref(major), byref(minor))
@@ -93,14 +112,18 @@ def compile_cubin(
     names = (c_char_p * len(headers))(*(key.encode() for key in headers))
     if lib.nvrtcCreateProgram(byref(program), source.encode(), name.encode(), len(headers), texts, names):
         raise KernelError(f"{name}: NVRTC did not take the source")
-    flags = (c_char_p * len(options))(*(option.encode() for option in options))
-    status = lib.nvrtcCompileProgram(program, len(options), flags)
+    given = (c_char_p * len(options))(*(option.encode() for option in options))
+    status = lib.nvrtcCompileProgram(program, len(options), given)
     size = c_size_t()
+    lib.nvrtcGetProgramLogSize(program, byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    lib.nvrtcGetProgramLog(program, text)
+    said = text.value.decode(errors="replace").strip()
     if status:
-        lib.nvrtcGetProgramLogSize(program, byref(size))
-        text = ctypes.create_string_buffer(size.value)
-        lib.nvrtcGetProgramLog(program, text)
-        raise KernelError(f"{name} does not compile for {arch}:\n{text.value.decode(errors='replace')}")
+        lib.nvrtcDestroyProgram(byref(program))
+        raise KernelError(f"{name} does not compile for {arch}:\n{said}")
+    if said:
+        log.info("%s for %s: %s", name, arch, said)
     lib.nvrtcGetCUBINSize(program, byref(size))
     code = ctypes.create_string_buffer(size.value)
     lib.nvrtcGetCUBIN(program, code)
@@ -144,7 +167,9 @@ class Kernel:
                     _driver().cuFuncSetAttribute(self._function, _SHARED_LIMIT_ATTRIBUTE, shared_bytes), "shared memory"
                 )
 
-    def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: ctypes._SimpleCData | ctypes.Structure) -> None:
+    def __call__(
+        self, grid: tuple[int, int, int], threads: int, *arguments: ctypes._SimpleCData | ctypes.Structure
+    ) -> None:
         """Launch on the current stream."""
         pointers = (c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         stream = c_void_p(torch.cuda.current_stream().cuda_stream)

@@ -69,13 +69,13 @@ def quantise_kv(k: Tensor, v: Tensor, pv: Literal["fp8", "int8"], smooth: bool) 
     blocks = -(-rows // KEYS)
     device = k.device
     parts = max(1, min(64, -(-rows // 512)))
-    scales = torch.empty(batch, groups, blocks, 2, device=device)
+    scales = torch.empty(batch, groups, blocks, 2, device=device, dtype=torch.float32)
     k8 = torch.empty(batch, groups, blocks * KEYS, size, device=device, dtype=torch.int8)
     v8 = torch.empty(batch, groups, size, blocks * KEYS, device=device, dtype=torch.int8)
     mean = partial = done = None
     if smooth:
-        mean = torch.empty(batch, groups, size, device=device)
-        partial = torch.empty(batch, groups, parts, size, device=device)
+        mean = torch.empty(batch, groups, size, device=device, dtype=torch.float32)
+        partial = torch.empty(batch, groups, parts, size, device=device, dtype=torch.float32)
         done = torch.zeros(batch, groups, device=device, dtype=torch.int32)
     params = _QuantiseParams(
         k.data_ptr(), v.data_ptr(), k8.data_ptr(), v8.data_ptr(), scales.data_ptr(),
@@ -119,9 +119,10 @@ def attend(
     groups, blocks = kv.scales.shape[1:3]
     device = q.device
     out = torch.empty(batch, rows, heads, size, device=device, dtype=q.dtype)
-    lse = torch.empty(batch, heads, rows, device=device) if need_lse else None
+    lse = torch.empty(batch, heads, rows, device=device, dtype=torch.float32) if need_lse else None
     q8 = torch.empty(batch, heads, rows, size, device=device, dtype=torch.int8) if save_q else None
-    q_scale, lse2 = torch.empty(2, batch, heads, rows, device=device) if save_q else (None, None)
+    q_scale = torch.empty(batch, heads, rows, device=device, dtype=torch.float32) if save_q else None
+    lse2 = torch.empty(batch, heads, rows, device=device, dtype=torch.float32) if save_q else None
     counter = torch.zeros(1, device=device, dtype=torch.int32)
     k_map = tensor_map(kv.k.view(batch * groups, blocks * KEYS, size), (1, KEYS, size), size)
     v_map = tensor_map(kv.v.view(batch * groups, size, blocks * KEYS), (1, size, KEYS), 128)
@@ -175,7 +176,7 @@ def attend_backward(
     device = d_out.device
     padded = -(-rows // 64) * 64
     across = torch.empty(2, batch * heads, size, padded, device=device, dtype=torch.int8)
-    columns = torch.empty(batch, heads, padded, 4, device=device)
+    columns = torch.empty(batch, heads, padded, 4, device=device, dtype=torch.float32)
     factor = scale * math.log2(math.e)
     prepare = _PrepareParams(
         d_out.data_ptr(), forward.out.data_ptr(), forward.q8.data_ptr(), forward.q_scale.data_ptr(),
@@ -186,13 +187,13 @@ def attend_backward(
     kernel("backward_prepare.cu", "backward_prepare", device, 0, HEAD_DIM=size, IN_FP16=half)(
         (padded // 64, heads, batch), 256, prepare
     )
-    sums = torch.zeros(batch, heads, padded * size, device=device)
+    sums = torch.zeros(batch, heads, padded * size, device=device, dtype=torch.float32)
     dq = torch.empty(batch, rows, heads, size, device=device, dtype=d_out.dtype)
     dk = torch.empty(batch, keys, groups, size, device=device, dtype=d_out.dtype)
     dv = torch.empty_like(dk)
     params = _BackwardParams(
-        columns.data_ptr(), kv.scales.data_ptr(), sums.data_ptr(), dk.data_ptr(), dv.data_ptr(), heads, groups, rows, keys,
-        blocks, padded, factor,
+        columns.data_ptr(), kv.scales.data_ptr(), sums.data_ptr(), dk.data_ptr(), dv.data_ptr(),
+        heads, groups, rows, keys, blocks, padded, factor,
     )  # fmt: skip
     maps = (
         tensor_map(kv.k.view(batch * groups, blocks * KEYS, size), (1, KEYS, size), size),
@@ -204,7 +205,8 @@ def attend_backward(
     )
     stages = tuning.get("STAGES", 2)
     shared = 5 * KEYS * size + KEYS * 64 * 2 + 4 * 64 * size + stages * (5 * 64 * size + 1024) + 1024
-    run = kernel("backward.cu", "attention_backward", device, shared, HEAD_DIM=size, CAUSAL=int(causal), IN_FP16=half, **tuning)
+    defines = {"HEAD_DIM": size, "CAUSAL": int(causal), "IN_FP16": half, **tuning}
+    run = kernel("backward.cu", "attention_backward", device, shared, **defines)
     run((blocks, groups, batch), 384, *maps, params)
     finish = _FinishParams(sums.data_ptr(), dq.data_ptr(), heads, rows)
     kernel("backward_prepare.cu", "backward_finish", device, 0, HEAD_DIM=size, IN_FP16=half)(

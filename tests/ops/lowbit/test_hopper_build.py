@@ -1,0 +1,107 @@
+"""The kernels for Hopper compiled by NVRTC without a GPU, and what came out of it."""
+
+import logging
+import re
+from collections import Counter
+
+import pytest
+
+from allears.ops import nvrtc
+from allears.ops.aot import _read_cubin
+from allears.ops.attention.lowbit.hopper import host
+
+HEADERS = ("common.cuh", "mma.cuh")
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch, tmp_path):
+    """A compiler, and no code kept by earlier runs."""
+    try:
+        nvrtc._nvrtc()
+    except nvrtc.KernelError as error:
+        pytest.skip(f"{error}: pip install 'allears[dev]'")
+    monkeypatch.setenv("ALLEARS_CACHE", str(tmp_path))
+
+
+def build(file, caplog, change=("", ""), **defines):
+    """Machine code of a kernel file for sm_90a, and what the compiler said; ``change`` is made in the headers."""
+    headers = {name: host._source(name).replace(*change) for name in HEADERS}
+    with caplog.at_level(logging.INFO, logger="allears.ops.nvrtc"):
+        code = nvrtc.compile_cubin(host._source(file), file, headers, defines, flags=["--ptxas-options=-v"])
+    return code, caplog.text
+
+
+def opcodes(code):
+    sass = _read_cubin("nvdisasm", "-c", code)
+    return Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass, flags=re.MULTILINE))
+
+
+def check_log(log, functions):
+    for function in functions:
+        assert f"Compiling entry function '{function}' for 'sm_90a'" in log
+    assert not waits_of_the_compiler(log)
+
+
+def waits_of_the_compiler(log):
+    """What ptxas says where it makes warpgroup products wait for one another, which costs most of their speed."""
+    return [line for line in log.splitlines() if "instructions are serialized" in line or "is injected" in line]
+
+
+# 128 keys a tile: a product of 32 terms is an instruction, for Q K^T and, over the keys, for P V.
+@pytest.mark.parametrize(
+    ("defines", "wanted"),
+    [
+        ({"HEAD_DIM": 128, "CAUSAL": 0, "PV_INT8": 0, "IN_FP16": 0, "SAVE_Q": 0}, {"IGMMA": 4, "QGMMA": 4}),
+        ({"HEAD_DIM": 64, "CAUSAL": 1, "PV_INT8": 0, "IN_FP16": 1, "SAVE_Q": 0}, {"IGMMA": 2, "QGMMA": 4}),
+        ({"HEAD_DIM": 128, "CAUSAL": 1, "PV_INT8": 1, "IN_FP16": 0, "SAVE_Q": 1}, {"IGMMA": 8}),
+    ],
+)
+def test_forward_multiplies_in_8_bits(defines, wanted, caplog):
+    pytest.importorskip("triton", reason="its disassembler is used: pip install 'allears[gpu]'")
+    code, log = build("forward.cu", caplog, **defines)
+    check_log(log, ["attention_forward"])
+    counts = opcodes(code)
+    assert all(counts[name] >= least for name, least in wanted.items()), counts
+    assert not counts["HGMMA"] and not counts["HMMA"] and bool(counts["QGMMA"]) == ("QGMMA" in wanted)
+
+
+def test_serialised_products_are_seen(caplog):
+    defines = {"HEAD_DIM": 64, "CAUSAL": 0, "PV_INT8": 0, "IN_FP16": 0, "SAVE_Q": 0}
+    called = ("DEVICE void mma_commit()", "__device__ __noinline__ void mma_commit()")
+    _, log = build("forward.cu", caplog, called, **defines)
+    assert waits_of_the_compiler(log)
+
+
+# Of the backward's five products, three are in INT8: 4 + 4 + 4 instructions of 32 terms at D = 128, 2 + 2 + 2 at 64;
+# two are in 16 bits: dO V^T over D and dQ over 128 keys, 16 terms each.
+@pytest.mark.parametrize(("size", "causal", "integer", "half"), [(128, 1, 12, 16), (64, 0, 6, 12)])
+def test_backward_multiplies_in_8_and_16_bits(size, causal, integer, half, caplog):
+    pytest.importorskip("triton", reason="its disassembler is used: pip install 'allears[gpu]'")
+    code, log = build("backward.cu", caplog, HEAD_DIM=size, CAUSAL=causal, IN_FP16=0)
+    check_log(log, ["attention_backward"])
+    counts = opcodes(code)
+    assert counts["IGMMA"] >= integer and counts["HGMMA"] >= half and not counts["HMMA"], counts
+
+
+@pytest.mark.parametrize(
+    ("file", "functions", "defines"),
+    [
+        ("quantise.cu", ("key_mean", "quantise_kv"), {"HEAD_DIM": 128, "V_INT8": 0, "IN_FP16": 0}),
+        ("backward_prepare.cu", ("backward_prepare", "backward_finish"), {"HEAD_DIM": 64, "IN_FP16": 1}),
+    ],
+)
+def test_what_surrounds_them_compiles(file, functions, defines, caplog):
+    _, log = build(file, caplog, **defines)
+    check_log(log, functions)
+
+
+def test_code_is_kept_and_refusals_hold_the_log(tmp_path):
+    source = 'extern "C" __global__ void f(int* x) { *x = NUMBER; }'
+    code = nvrtc.compile_cubin(source, "small.cu", {}, {"NUMBER": 1})
+    (kept,) = (tmp_path / "kernels").iterdir()
+    assert kept.read_bytes() == code
+    kept.write_bytes(b"from the cache")
+    assert nvrtc.compile_cubin(source, "small.cu", {}, {"NUMBER": 1}) == b"from the cache"
+    assert nvrtc.compile_cubin(source, "small.cu", {}, {"NUMBER": 2}) not in (code, b"from the cache")
+    with pytest.raises(nvrtc.KernelError, match=r"small.cu does not compile for sm_90a:\n.*nothing"):
+        nvrtc.compile_cubin(source, "small.cu", {}, {"NUMBER": "nothing"})
