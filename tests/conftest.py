@@ -1,12 +1,25 @@
 """Things that several tests share."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
-from allears.data.corpus import Item, write_manifest
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:  # kernels run in Triton's interpreter, which must be chosen before anything imports Triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from allears.data.corpus import Item, write_manifest  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` need a CUDA device."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not ON_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def voice_like(rng: np.random.Generator, seconds: float, pitch_hz: float) -> np.ndarray:

@@ -20,7 +20,10 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "text": ("text corpora: the tokenizer", ("tokenizers",)),
     "gpu": ("attention and matrix kernels on a CUDA GPU", ("triton",)),
     "hub": ("transformers and diffusers models on our attention", ("transformers", "diffusers")),
-    "dev": ("the project's own tests and checks", ("pytest", "hypothesis", "ruff", "importlinter", "pyrefly")),
+    "dev": (
+        "the project's own tests and checks",
+        ("pytest", "hypothesis", "ruff", "importlinter", "pyrefly", "triton", "nvidia"),
+    ),
 }
 """Every optional extra: what it unlocks, and the modules it brings."""
 
