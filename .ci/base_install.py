@@ -17,15 +17,44 @@ from packaging.requirements import Requirement
 
 SITE = Path(sysconfig.get_path("purelib"))
 
-OPTIONAL = ("scipy", "matplotlib", "librosa", "onnxruntime", "pesq", "pystoi", "av", "pyroomacoustics", "pytest")
+OPTIONAL = (
+    "scipy",
+    "matplotlib",
+    "librosa",
+    "onnxruntime",
+    "pesq",
+    "pystoi",
+    "av",
+    "pyroomacoustics",
+    "pytest",
+    "triton",
+)
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 import allears
 names = [module.name for module in pkgutil.walk_packages(allears.__path__, "allears.")]
+kernels = [name for name in names if name.rpartition(".")[2].startswith("triton_")]
 for name in names:
-    importlib.import_module(name)
-print(f"{len(names)} modules import")
+    if name not in kernels:
+        importlib.import_module(name)
+for name in kernels:  # kernels are functions that Triton decorates: it alone may be missing
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+print(f"{len(names) - len(kernels)} modules import, {len(kernels)} need Triton")
+"""
+
+ATTENTION = """
+import torch
+from allears import AttentionSpec, attention
+q, k, v = torch.randn(3, 1, 70, 2, 32).unbind()
+exact = attention(q, k, v)
+for numerics in ("int8_fp8", "int8_fp16", "sagebwd", "nvfp4"):
+    error = (attention(q, k, v, AttentionSpec(numerics=numerics)) - exact).norm() / exact.norm()
+    assert error < 0.4, (numerics, error)
 """
 
 ABSENT = """
@@ -86,6 +115,7 @@ def main() -> None:
             ["-c", IMPORT_ALL],
             ["-m", "allears", "--help"],
             ["-m", "allears", "doctor"],
+            ["-c", ATTENTION],
             ["-c", NOISE, noise],
             ["-m", "allears", "enhance", noise, "-o", clean, "--report"],
         ):
