@@ -25,7 +25,7 @@ Make = Callable[..., Any]
 
 CASES: dict[str, type] = {}
 SYSTEMS: dict[str, dict[str, "System"]] = {}
-_CASE_MODULES = ("enhance", "enhance_ablation", "enhance_speed", "attention", "sagebwd_pretrain")
+_CASE_MODULES = ("enhance", "enhance_ablation", "enhance_speed", "attention", "sagebwd_pretrain", "nvfp4")
 
 
 class NotInstalledError(ImportError):
