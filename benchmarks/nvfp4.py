@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -306,7 +305,7 @@ class Nvfp4Case:
         path = results.write(self.name, rows, notes, self.results_folder)
         for row in rows:
             if row["system"].startswith("allears-nvfp4") or row["case"].startswith("output"):
-                Console().print(f"{row['case']} {row['system']} {row['metric']} {row['value']}", highlight=False)
+                print(f"{row['case']}, {row['system']}: {row['metric']} {row['value']}")
         print(f"written: {path}")
         return 0
 
