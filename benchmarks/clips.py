@@ -62,3 +62,16 @@ def write_folder(folder: Path, clips: Iterator[Clip]) -> int:
         facts[clip.id] = clip.facts
     (folder / "facts.json").write_text(json.dumps(facts, indent=1))
     return len(facts)
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """``limit`` of the indices 0 to ``count`` - 1, evenly; all without a limit.
+
+    Raises:
+        ValueError: the limit is below 1.
+    """
+    if limit is None or limit >= count:
+        return list(range(count))
+    if limit < 1:
+        raise ValueError(f"limit: got {limit}, wanted 1 or more")
+    return [index * count // limit for index in range(limit)]

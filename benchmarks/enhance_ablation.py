@@ -13,7 +13,7 @@ from rich.progress import track
 from allears.audio.metrics import DEFAULT_METRICS
 
 from . import results
-from .clips import from_manifest
+from .clips import from_manifest, spread
 from .enhance import check_alignment, describe, enhanced, tables
 from .registry import Enhance, case, systems_for
 from .scores import ClipScore, score_in_background, summarise, write_csv
@@ -102,19 +102,6 @@ def parse_weights(text: str) -> tuple[str, str]:
     if not (name and equals and path):
         raise ValueError(f"weights: got {text!r}, wanted NAME=PATH")
     return name, path
-
-
-def spread(count: int, limit: int | None) -> list[int]:
-    """``limit`` of the indices 0 to ``count`` - 1, evenly; all without a limit.
-
-    Raises:
-        ValueError: the limit is below 1.
-    """
-    if limit is None or limit >= count:
-        return list(range(count))
-    if limit < 1:
-        raise ValueError(f"limit: got {limit}, wanted 1 or more")
-    return [index * count // limit for index in range(limit)]
 
 
 def of_steps(entries: list[ClipScore], arms: list[str], count: int) -> list[ClipScore]:

@@ -7,31 +7,29 @@ samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from allears.audio.metrics import si_sdr_db
 from allears.data.mix import read_specs
 from allears.data.render import render_test_set
 from allears.models.enhance import Enhancer
 from allears.models.enhance.sample import enhance
-from allears.nn.attention import SelfAttention
 from allears.ops.attention import AttentionSpec, LowBit, attention
 from allears.ops.attention.lowbit.nvfp4 import round_to_mxfp4
 from allears.ops.attention.lowbit.nvfp4_reference import four_bit_rounding, nvfp4_forward
 from allears.ops.attention.lowbit.rounding import UNROUNDED, Rounding, rounded_forward
 
 from . import results
-from .clips import RATE_HZ, Clip
-from .enhance_ablation import spread
+from .activations import Recorded, attention_of, layers, recording
+from .clips import RATE_HZ, Clip, spread
 from .registry import case
 from .scores import ClipScore, score, summarise
 
@@ -40,16 +38,6 @@ TO_EXACT = "si_sdr_to_exact_db"
 ENOUGH = 0.995  # cosine: what SageAttention3 reports on the activations of a video model (arXiv 2505.11594, table 1)
 _NVFP4 = four_bit_rounding()
 _SCORES = 1 << 25
-
-
-class Recorded(NamedTuple):
-    """What one attention layer took: q (B, L, H, D), k and v (B, L, G, D), float32."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    causal: bool
-    scale: float | None
 
 
 System = Callable[[Recorded], Tensor]  # to (B, L, H, D)
@@ -107,70 +95,6 @@ SYSTEMS: dict[str, System] = {name: through(spec) for name, spec in SPECS.items(
     "mxfp4": _mxfp4,
 }
 """What is compared with exact attention, layer by layer; all but those of :data:`SPECS` are for insight alone."""
-
-
-@contextmanager
-def recording(model: nn.Module, sequences: Callable[[str], int]) -> Iterator[dict[str, Recorded]]:
-    """Record what every :class:`SelfAttention` of ``model`` takes in its forward, by the name of the layer.
-
-    Args:
-        model: any module that holds :class:`SelfAttention`.
-        sequences: name of a layer to how many of its B sequences are kept, evenly from the first to the last.
-
-    Raises:
-        ValueError: the model holds none; or, in its forward, a layer has a mask, which low-bit attention does not take.
-    """
-    found: dict[str, Recorded] = {}
-    hooks = []
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            given = dict(zip(("x", "mask", "offset"), arguments, strict=False)) | named
-            if given.get("mask") is not None:
-                raise ValueError(f"model: layer {name!r} attends with a mask, which low-bit attention does not take")
-            x: Tensor = given["x"]
-            chosen = torch.tensor(spread(x.shape[0], sequences(name)))
-            q, k, v = (part.float().clone() for part in module._project(x[chosen], given.get("offset", 0)))
-            found[name] = Recorded(q, k, v, module.spec.causal, module.spec.scale)
-
-        return hook
-
-    for name, module in layers(model).items():
-        hooks.append(module.register_forward_pre_hook(keep(name), with_kwargs=True))
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def attention_of(model: nn.Module, spec: AttentionSpec) -> Iterator[None]:
-    """Run every :class:`SelfAttention` of ``model`` by another spec, of which causal and scale are not read.
-
-    Raises:
-        ValueError: the model holds no such layer.
-    """
-    own = {module: module.spec for module in layers(model).values()}
-    try:
-        for module, before in own.items():
-            module.spec = replace(spec, causal=before.causal, scale=before.scale)
-        yield
-    finally:
-        for module, before in own.items():
-            module.spec = before
-
-
-def layers(model: nn.Module) -> dict[str, SelfAttention]:
-    """Every :class:`SelfAttention` of ``model`` by its name.
-
-    Raises:
-        ValueError: it has none.
-    """
-    found = {name: part for name, part in model.named_modules() if isinstance(part, SelfAttention)}
-    if not found:
-        raise ValueError(f"model: {type(model).__name__} holds no SelfAttention; give a model that has some")
-    return found
 
 
 class Sums:

@@ -3,8 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarks.clips import from_folder
-from benchmarks.enhance_ablation import EnhanceAblationCase, parse_weights, spread
+from benchmarks.clips import from_folder, spread
+from benchmarks.enhance_ablation import EnhanceAblationCase, parse_weights
 
 from benchmarks import registry
 

@@ -3,18 +3,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from benchmarks.activations import Recorded, attention_of, recording
 from benchmarks.clips import Clip
 from benchmarks.nvfp4 import (
     SPECS,
     SYSTEMS,
-    Recorded,
-    attention_of,
     below,
     compare,
     hadamard,
     joined,
     output_rows,
-    recording,
 )
 from torch import nn
 

@@ -1,6 +1,9 @@
 import json
 import math
 
+import pytest
+
+from allears.bench.results import portable
 from benchmarks import results
 
 
@@ -35,3 +38,15 @@ def test_commit_is_unknown_outside_a_repository(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert results.commit() == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("command", "wanted"),
+    [
+        ("bench --corpus /home/me/data/corpus --steps 1 2", "bench --corpus data/corpus --steps 1 2"),
+        ("bench arm=/a/b/export other=runs/x/export", "bench arm=b/export other=runs/x/export"),
+        ("bench 1x2 /tmp", "bench 1x2 tmp"),
+    ],
+)
+def test_a_command_names_no_folder_of_the_machine(command, wanted):
+    assert portable(command) == wanted

@@ -10,7 +10,7 @@ from allears.nn.attention_hooks import AttentionHandle, use_attention
 REFERENCE = AttentionSpec(kernel="reference")
 
 
-def agree(a, b):
+def assert_agree(a, b):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -63,7 +63,7 @@ def test_llama_is_the_same_and_comes_back(llama, calls):
     tokens = torch.randint(50, (2, 11))
     before, wanted = llama.config._attn_implementation, llama(tokens).logits
     with use_attention(llama, REFERENCE):
-        agree(llama(tokens).logits, wanted)
+        assert_agree(llama(tokens).logits, wanted)
         assert len(calls) == 2 and all(spec.kernel == "reference" and spec.causal for spec, _ in calls)
     assert llama.config._attn_implementation == before
     assert torch.equal(llama(tokens).logits, wanted) and len(calls) == 2
@@ -76,7 +76,7 @@ def test_llama_with_left_padding(llama, calls):
     wanted = llama(tokens, attention_mask=mask).logits
     with use_attention(llama):
         out = llama(tokens, attention_mask=mask).logits
-    agree(out[mask.bool()], wanted[mask.bool()])
+    assert_agree(out[mask.bool()], wanted[mask.bool()])
     assert calls[0][1].dtype == torch.bool
 
 
@@ -99,7 +99,7 @@ def test_llama_gradients_are_the_same(llama):
             llama.zero_grad()
             llama(tokens, labels=tokens).loss.backward()
             grads.append(llama.model.layers[0].self_attn.k_proj.weight.grad.clone())
-    agree(grads[1], grads[0])
+    assert_agree(grads[1], grads[0])
     assert grads[0].abs().max() > 1e-6
 
 
@@ -109,8 +109,8 @@ def test_bert_with_padding(bert, calls):
     mask[0, 6:], mask[2, 3:] = 0, 0
     wanted, plain = bert(tokens, attention_mask=mask)[0], bert(tokens)[0]
     handle = use_attention(bert, REFERENCE)
-    agree(bert(tokens, attention_mask=mask)[0], wanted)
-    agree(bert(tokens)[0], plain)
+    assert_agree(bert(tokens, attention_mask=mask)[0], wanted)
+    assert_agree(bert(tokens)[0], plain)
     assert not any(spec.causal for spec, _ in calls) and len(calls) == 4
     handle.undo()
     handle.undo()
@@ -149,7 +149,7 @@ def test_position_bias_is_added_to_either_mask(llama):
     hidden = bias.masked_fill(~look, float("-inf"))
     wanted = ((x @ x.mT / 8**0.5 + hidden).softmax(-1) @ x).transpose(1, 2)
     for mask in (look[None, None], torch.zeros(1, 1, 4, 4).masked_fill(~look, float("-inf"))):
-        agree(attend(nn.Identity(), x, x, x, mask, position_bias=bias)[0], wanted)
+        assert_agree(attend(nn.Identity(), x, x, x, mask, position_bias=bias)[0], wanted)
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_wan_is_the_same_and_comes_back(wan, calls, fused):
     }
     wanted, before = model(**inputs)[0], dict(model.attn_processors)
     with use_attention(model, REFERENCE):
-        agree(model(**inputs)[0], wanted)
+        assert_agree(model(**inputs)[0], wanted)
         assert len(calls) == 4  # two layers, each with self- and cross-attention
     assert dict(model.attn_processors) == before
     assert torch.equal(model(**inputs)[0], wanted) and len(calls) == 4
@@ -205,7 +205,7 @@ def test_wan_image_to_video(wan, calls):
     }
     wanted = model(**inputs)[0]
     with use_attention(model):
-        agree(model(**inputs)[0], wanted)
+        assert_agree(model(**inputs)[0], wanted)
     assert len(calls) == 6
 
 
@@ -223,7 +223,7 @@ def test_dit_is_the_same_and_comes_back(calls):
     }
     wanted = model(**inputs).sample
     with use_attention(model):
-        agree(model(**inputs).sample, wanted)
+        assert_agree(model(**inputs).sample, wanted)
         assert len(calls) == 2
     assert torch.equal(model(**inputs).sample, wanted) and len(calls) == 2
 
@@ -254,7 +254,7 @@ def test_unet_with_cross_attention_and_masks(calls):
     }
     wanted = model(**inputs).sample
     with use_attention(model):
-        agree(model(**inputs).sample, wanted)
+        assert_agree(model(**inputs).sample, wanted)
     assert len(calls) == len(model.attn_processors) and any(mask is not None for _, mask in calls)
     assert torch.equal(model(**inputs).sample, wanted)
 

@@ -39,7 +39,7 @@ def tensors(queries, keys, heads=4, groups=2, size=8, dtype=torch.float32, batch
     )
 
 
-def close(out, wanted):
+def assert_textbook(out, wanted):
     torch.testing.assert_close(out.double(), wanted, atol=3e-6, rtol=1e-5)
 
 
@@ -50,7 +50,7 @@ def test_equals_textbook(kernel, lengths, causal):
     q, k, v = tensors(*lengths)
     look = torch.ones(2, 4, *lengths, dtype=torch.bool).tril(lengths[1] - lengths[0]) if causal else None
     out = attention(q, k, v, AttentionSpec(kernel=kernel, causal=causal, scale=0.3))
-    close(out, textbook(q, k, v, 0.3, look)[0])
+    assert_textbook(out, textbook(q, k, v, 0.3, look)[0])
 
 
 @pytest.mark.parametrize("kernel", KERNELS[1:])
@@ -67,7 +67,7 @@ def test_odd_lengths_and_head_sizes_equal_the_reference(kernel, length, size):
 def test_grouped_heads_share_keys_and_values(kernel, groups):
     q, k, v = tensors(6, 8, heads=6, groups=groups)
     wide = [x.repeat_interleave(6 // groups, dim=2) for x in (k, v)]
-    close(attention(q, k, v, AttentionSpec(kernel=kernel)), textbook(q, *wide)[0])
+    assert_textbook(attention(q, k, v, AttentionSpec(kernel=kernel)), textbook(q, *wide)[0])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -76,7 +76,7 @@ def test_any_stride(kernel):
     q = torch.randn(2, 3, 8, 9).permute(0, 3, 1, 2)  # (2, 9, 3, 8), heads first in memory
     k = torch.randn(8, 2, 9, 3).permute(1, 2, 3, 0)  # D outermost: no unit stride
     v = torch.randn(1, 1, 3, 16)[..., ::2].expand(2, 9, 3, 8)
-    close(attention(q, k, v, AttentionSpec(kernel=kernel)), textbook(q, k, v)[0])
+    assert_textbook(attention(q, k, v, AttentionSpec(kernel=kernel)), textbook(q, k, v)[0])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -89,8 +89,8 @@ def test_masks(kernel, causal, shape):
     full = full & torch.ones(5, 9, dtype=torch.bool).tril(4) if causal else full
     wanted = textbook(q, k, v, look=full)[0]
     spec = AttentionSpec(kernel=kernel, causal=causal)
-    close(attention(q, k, v, spec, mask=look), wanted)
-    close(attention(q, k, v, spec, mask=torch.zeros(shape).masked_fill(~look, -math.inf)), wanted)
+    assert_textbook(attention(q, k, v, spec, mask=look), wanted)
+    assert_textbook(attention(q, k, v, spec, mask=torch.zeros(shape).masked_fill(~look, -math.inf)), wanted)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -99,7 +99,7 @@ def test_added_mask_moves_the_logits(kernel):
     bias = torch.randn(4, 5, 9)
     wanted = torch.einsum("blhd,bmhd->bhlm", q, k) / math.sqrt(8) + bias
     wanted = torch.einsum("bhlm,bmhd->blhd", wanted.double().softmax(-1), v.double())
-    close(attention(q, k, v, AttentionSpec(kernel=kernel), mask=bias), wanted)
+    assert_textbook(attention(q, k, v, AttentionSpec(kernel=kernel), mask=bias), wanted)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -110,7 +110,7 @@ def test_a_mask_that_empties_a_row_gives_zeros_and_finite_gradients(kernel, kind
     look[0, 0, 2] = False
     mask = look if kind == "bool" else torch.zeros(look.shape).masked_fill(~look, -math.inf)
     out = attention(*leaves, AttentionSpec(kernel=kernel), mask=mask)
-    close(out, textbook(*leaves, look=look.expand(2, 4, 5, 9))[0])
+    assert_textbook(out, textbook(*leaves, look=look.expand(2, 4, 5, 9))[0])
     assert out[0, 2].abs().max() == 0
     out.square().sum().backward()
     assert leaves[0].grad[0, 2].abs().max() == 0
@@ -175,8 +175,8 @@ def test_lse(kernel, causal, lengths):
     full = look & torch.ones(lengths, dtype=torch.bool).tril(lengths[1] - lengths[0]) if causal else look
     out, lse = attention(q, k, v, AttentionSpec(kernel=kernel, causal=causal), mask=look, return_lse=True)
     wanted = textbook(q, k, v, look=full)
-    close(out, wanted[0])
-    close(lse, wanted[1])
+    assert_textbook(out, wanted[0])
+    assert_textbook(lse, wanted[1])
     assert lse.dtype == torch.float32
     plain = torch.einsum("blhd,bmhd->bhlm", q, k.repeat_interleave(2, dim=2)) / math.sqrt(8)
     torch.testing.assert_close(attention(q, k, v, return_lse=True)[1], plain.logsumexp(-1))

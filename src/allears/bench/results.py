@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -29,12 +30,17 @@ def row(
 def write_document(
     path: Path, rows: Sequence[Mapping[str, Any]], notes: Sequence[str], command: str, commit: str
 ) -> Path:
-    """Write ``path`` whole, or not at all; returns it. ``commit`` says which code was measured."""
+    """Write ``path`` whole, or not at all; returns it.
+
+    Args:
+        command: how to measure it again; absolute paths in it are cut to their last two parts.
+        commit: which code was measured.
+    """
     document = {
         "machine": machine(),
         "commit": commit,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": command,
+        "command": portable(command),
         "notes": list(notes),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +50,11 @@ def write_document(
     partial.write_text(f'{head[:-2]},\n "rows": [\n{body}\n ]\n}}\n')
     os.replace(partial, path)
     return path
+
+
+def portable(command: str) -> str:
+    """A command line without the folders of one machine: ``--corpus /home/me/corpora/a`` to ``--corpus corpora/a``."""
+    return re.sub(r"(?<![^\s=])/[^\s=]+", lambda found: "/".join(Path(found[0]).parts[1:][-2:]), command)
 
 
 def machine() -> str:

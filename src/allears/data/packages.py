@@ -2,15 +2,17 @@
 
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from allears.core.errors import CorpusError
 from allears.data.archives import refuse_sealed
 from allears.data.corpus import SPLITS
 
+Made = TypeVar("Made")
 RULE_KINDS = ("speech", "babble", "music", "rir", "hrtf", "sound", "skip")
 
 
@@ -73,18 +75,29 @@ class Package:
         return None
 
 
+def parse_table(text: str, make: Callable[[dict[str, Any]], Made], what: str) -> list[Made]:
+    """What ``make`` makes of each row ``[[package]]`` of a table in TOML.
+
+    Raises:
+        CorpusError: the table is not TOML, or a row has an unknown or a missing key; ``what`` names the table in it.
+    """
+    try:
+        return [make(row) for row in tomllib.loads(text).get("package", [])]
+    except (tomllib.TOMLDecodeError, TypeError) as error:
+        raise CorpusError(f"{what}: {error}") from error
+
+
 def parse_packages(text: str) -> dict[str, Package]:
     """A table in TOML as packages by name.
 
     Raises:
         CorpusError: the table is not TOML, has an unknown key, or names a sealed package.
     """
-    try:
-        rows: list[dict[str, Any]] = tomllib.loads(text).get("package", [])
-        packages = [Package(**(row | {"rules": tuple(Rule(**rule) for rule in row.get("rules", []))})) for row in rows]
-    except (tomllib.TOMLDecodeError, TypeError) as error:
-        raise CorpusError(f"package table: {error}") from error
-    return {package.name: package for package in packages}
+
+    def make(row: dict[str, Any]) -> Package:
+        return Package(**(row | {"rules": tuple(Rule(**rule) for rule in row.get("rules", []))}))
+
+    return {package.name: package for package in parse_table(text, make, "package table")}
 
 
 @cache

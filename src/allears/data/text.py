@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import logging
 import re
-import tomllib
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from allears.core.errors import CorpusError
 from allears.core.progress import OnProgress, Progress
 from allears.data.archives import deb_members, refuse_sealed
 from allears.data.fetch import PACKAGES_DIR, find_package
-from allears.data.packages import Package
+from allears.data.packages import Package, parse_table
 from allears.data.text_markup import READERS, markup_of
 from allears.data.tokens import TokenReport, write_tokens
 
@@ -96,11 +95,7 @@ def parse_text_packages(text: str) -> dict[str, TextPackage]:
     Raises:
         CorpusError: the table is not TOML, has an unknown or missing key, or names a sealed package.
     """
-    try:
-        rows: list[dict[str, Any]] = tomllib.loads(text).get("package", [])
-        packages = [TextPackage(**row) for row in rows]
-    except (tomllib.TOMLDecodeError, TypeError) as error:
-        raise CorpusError(f"table of text packages: {error}") from error
+    packages = parse_table(text, lambda row: TextPackage(**row), "table of text packages")
     return {package.name: package for package in packages}
 
 

@@ -2,14 +2,11 @@ import math
 
 import pytest
 import torch
+from tests.ops.lowbit.plain_autograd import fake_quantised_attention
 from tests.ops.lowbit.textbook import dense, inputs, rel
 
-from allears.ops.attention.lowbit.fake_quant import (
-    fake_quantised_attention,
-    quantised_backward,
-    rounding_of,
-    straight_through,
-)
+from allears import AttentionSpec, attention
+from allears.ops.attention.lowbit.fake_quant import quantised_backward, rounding_of, straight_through
 from allears.ops.attention.lowbit.fake_quant_backward import drop_in_backward, matched_backward
 from allears.ops.attention.lowbit.int8_reference import int8_forward
 from allears.ops.attention.lowbit.nvfp4 import round_to_nvfp4
@@ -137,12 +134,13 @@ def test_queries_without_keys_have_no_gradient():
 def test_gradients_that_were_not_asked_for_are_refused():
     q, k, v = inputs(4, 4)
     out, lse = fake_quantised_attention(q, k, v, numerics="nvfp4")
-    with pytest.raises(ValueError, match="matched"):
-        fake_quantised_attention(q, k.requires_grad_(), v, numerics="nvfp4")
+    spec = AttentionSpec("reference", numerics="nvfp4")
+    with pytest.raises(ValueError, match="lowbit options that train"):
+        attention(q, k.requires_grad_(), v, spec)
     with pytest.raises(ValueError, match="matched"):
         quantised_backward(out, q, k, v, out, lse, numerics="nvfp4")
     with torch.no_grad():
-        assert torch.equal(fake_quantised_attention(q, k, v, numerics="nvfp4")[0], out)
+        assert torch.equal(attention(q, k, v, spec), out)
     with pytest.raises(ValueError, match="numerics"):
         fake_quantised_attention(q, k, v, numerics="int4", options=LowBit(backward="matched"))
 

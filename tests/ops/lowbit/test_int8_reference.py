@@ -1,12 +1,14 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 from tests.ops.lowbit.textbook import TILE, attend, dense, inputs, rel
 
-from allears.ops.attention.lowbit.int8_reference import int8_forward, int8_forward_varlen
+from allears.ops.attention.lowbit.int8_reference import int8_forward
 from allears.ops.attention.lowbit.options import LowBit
 from allears.ops.attention.lowbit.quantise import quantise_e4m3_blocks, quantise_int8_blocks, quantise_int8_rows
+from allears.ops.attention.lowbit.varlen import over_sequences
 
 
 def textbook(q, k, v, pv, causal, scale, smooth_k=True):
@@ -123,15 +125,16 @@ def test_packed_sequences_run_one_by_one():
     parts = [inputs(n, m, heads=4, groups=2) for n, m in lengths]
     q, k, v = (torch.cat([part[i][0] for part in parts]) for i in range(3))
     cu_q, cu_k = torch.tensor([0, 5, 5, 38], dtype=torch.int32), torch.tensor([0, 140, 143, 163], dtype=torch.int32)
-    out, lse = int8_forward_varlen(q, k, v, cu_q, cu_k, pv="fp8", causal=True)
+    run = partial(int8_forward, pv="fp8", causal=True)
+    out, lse = over_sequences(run, q, k, v, cu_q, cu_k)
     alone = [int8_forward(*part, pv="fp8", causal=True) for part in parts]
     assert torch.equal(out, torch.cat([a[0][0] for a in alone]))
     assert torch.equal(lse, torch.cat([a[1][0] for a in alone], dim=1))
     for bad in ([0, 5, 4, 38], [1, 5, 5, 38], [0, 5, 5, 37]):
         with pytest.raises(ValueError, match="cu_seqlens_q"):
-            int8_forward_varlen(q, k, v, torch.tensor(bad), cu_k, pv="fp8")
+            over_sequences(run, q, k, v, torch.tensor(bad), cu_k)
     with pytest.raises(ValueError, match="cu_seqlens_k"):
-        int8_forward_varlen(q, k, v, cu_q, torch.tensor([0, 163]), pv="fp8")
+        over_sequences(run, q, k, v, cu_q, torch.tensor([0, 163]))
 
 
 def test_inputs_stay_and_strides_do_not_matter():

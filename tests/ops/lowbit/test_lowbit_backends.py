@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from tests.ops.lowbit.plain_autograd import fake_quantised_attention, sagebwd_attention
 from tests.ops.lowbit.textbook import dense, inputs, rel
 from torch.utils.checkpoint import checkpoint
 
@@ -20,8 +21,6 @@ from allears.ops.attention import LowBit, backends, dispatch
 from allears.ops.attention.call import Facts
 from allears.ops.attention.lowbit import ops_reference, ops_sagebwd_reference
 from allears.ops.attention.lowbit.backends import BACKENDS
-from allears.ops.attention.lowbit.fake_quant import fake_quantised_attention
-from allears.ops.attention.lowbit.sagebwd_reference import sagebwd_attention
 
 # Relative L2 of the output, and of dQ, dK, dV; q and k Gaussian of deviation 1 with a channel offset in k.
 ERRORS = {"int8_fp8": 0.045, "int8_fp16": 0.015, "sagebwd": 0.025, "nvfp4": 0.21}

@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from tests.ops.lowbit.plain_autograd import sagebwd_attention
 from tests.ops.lowbit.textbook import dense, inputs, rel
 
 if not torch.cuda.is_available():
@@ -21,7 +22,6 @@ from allears.ops.attention.lowbit.hopper import host
 from allears.ops.attention.lowbit.int8_reference import int8_forward
 from allears.ops.attention.lowbit.sagebwd_reference import (
     SageSaved,
-    sagebwd_attention,
     sagebwd_backward,
     sagebwd_forward,
 )

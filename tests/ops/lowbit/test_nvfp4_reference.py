@@ -1,12 +1,14 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 from tests.ops.lowbit.textbook import attend, dense, inputs, rel
 
 from allears.ops.attention.lowbit.nvfp4 import round_to_mxfp4, round_to_nvfp4
-from allears.ops.attention.lowbit.nvfp4_reference import nvfp4_forward, nvfp4_forward_varlen
+from allears.ops.attention.lowbit.nvfp4_reference import nvfp4_forward
 from allears.ops.attention.lowbit.options import LowBit
+from allears.ops.attention.lowbit.varlen import over_sequences
 
 
 def textbook(q, k, v, causal, scale, options):
@@ -128,7 +130,8 @@ def test_what_is_not_finite_is_never_hidden(bad):
 def test_packed_sequences_run_one_by_one():
     parts = [inputs(n, m, heads=4, groups=2) for n, m in ((5, 140), (33, 20))]
     q, k, v = (torch.cat([part[i][0] for part in parts]) for i in range(3))
-    out, lse = nvfp4_forward_varlen(q, k, v, torch.tensor([0, 5, 38]), torch.tensor([0, 140, 160]), causal=True)
+    run = partial(nvfp4_forward, causal=True)
+    out, lse = over_sequences(run, q, k, v, torch.tensor([0, 5, 38]), torch.tensor([0, 140, 160]))
     alone = [nvfp4_forward(*part, causal=True) for part in parts]
     assert torch.equal(out, torch.cat([a[0][0] for a in alone]))
     assert torch.equal(lse, torch.cat([a[1][0] for a in alone], dim=1))

@@ -3,11 +3,12 @@ from functools import cache
 
 import pytest
 import torch
+from tests.ops.lowbit.plain_autograd import sagebwd_attention
 from tests.ops.lowbit.textbook import TILE, attend, dense, inputs, rel, seen_keys
 
 from allears.ops.attention.lowbit.options import LowBit
 from allears.ops.attention.lowbit.quantise import quantise_int8_blocks, quantise_int8_rows
-from allears.ops.attention.lowbit.sagebwd_reference import sagebwd_attention, sagebwd_backward, sagebwd_forward
+from allears.ops.attention.lowbit.sagebwd_reference import sagebwd_backward, sagebwd_forward
 from allears.ops.attention.lowbit.varlen import over_sequences
 
 

@@ -24,25 +24,7 @@ from allears.ops.attention.lowbit.triton_host import Launch, sagebwd_backward, s
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # An integer that lies between two values may round to either, as sums are taken in another order.
 TOLERANCE = 2e-3
-empty = torch.empty
-
-
-def poisoned(*shape, **how):
-    """torch.empty, full of what a kernel must overwrite."""
-    tensor = empty(*shape, **how)
-    if tensor.dtype == torch.int8:
-        tensor.fill_(0x7F)
-    elif tensor.is_floating_point():
-        tensor.fill_(math.nan)
-    return tensor
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    if triton_host.on_hardware() and DEVICE == "cpu":
-        pytest.fail("Triton was imported for a GPU before this file: set TRITON_INTERPRET=1 for the whole test run")
-    monkeypatch.setattr(torch, "empty", poisoned)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def problem(queries, keys, heads=1, groups=1, size=16, batch=1, dtype=torch.float16):

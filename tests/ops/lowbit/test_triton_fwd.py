@@ -15,32 +15,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton", reason="the kernels need Triton: pip install 'allears[gpu]'")
 
-from allears.ops.attention.lowbit import int8_reference, sagebwd_reference, triton_host  # noqa: E402
+from allears.ops.attention.lowbit import int8_reference, sagebwd_reference  # noqa: E402
 from allears.ops.attention.lowbit.options import LowBit  # noqa: E402
 from allears.ops.attention.lowbit.triton_host import Launch, int8_forward, sagebwd_forward  # noqa: E402
 from allears.ops.attention.lowbit.varlen import over_sequences  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ("fp8", "fp16", "int8")
-empty = torch.empty
-
-
-def poisoned(*shape, **how):
-    """torch.empty, full of what a kernel must overwrite."""
-    tensor = empty(*shape, **how)
-    if tensor.dtype in (torch.int8, torch.float8_e4m3fn):
-        tensor.view(torch.uint8).fill_(0x7F)
-    elif tensor.is_floating_point():
-        tensor.fill_(math.nan)
-    return tensor
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    if triton_host.on_hardware() and DEVICE == "cpu":
-        pytest.fail("Triton was imported for a GPU before this file: set TRITON_INTERPRET=1 for the whole test run")
-    monkeypatch.setattr(torch, "empty", poisoned)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def on_device(*tensors):

@@ -21,25 +21,7 @@ from allears.ops.attention.lowbit.triton_quant import quantise_keys_values, quan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORDER = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
-empty = torch.empty
-
-
-def poisoned(*shape, **how):
-    """torch.empty, full of what a kernel must overwrite."""
-    tensor = empty(*shape, **how)
-    if tensor.dtype in (torch.int8, torch.float8_e4m3fn):
-        tensor.view(torch.uint8).fill_(0x7F)
-    elif tensor.is_floating_point():
-        tensor.fill_(math.nan)
-    return tensor
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    if triton_host.on_hardware() and DEVICE == "cpu":
-        pytest.fail("Triton was imported for a GPU before this file: set TRITON_INTERPRET=1 for the whole test run")
-    monkeypatch.setattr(torch, "empty", poisoned)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def in_order(x):

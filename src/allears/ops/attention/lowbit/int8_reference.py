@@ -36,7 +36,6 @@ from allears.ops.attention.lowbit.smooth import (
     smooth_keys,
     smooth_queries,
 )
-from allears.ops.attention.lowbit.varlen import over_sequences
 
 Values = Literal["fp8", "fp16"]
 Product = Callable[[Tensor, slice], Tensor]
@@ -88,35 +87,6 @@ def int8_forward(
     if k_mean is not None:
         lse = lse + factor * key_mean_logits(q, k_mean)
     return merge_heads(out).to(q.dtype), lse
-
-
-def int8_forward_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    pv: Values,
-    causal: bool = False,
-    scale: float | None = None,
-    options: LowBit | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`int8_forward` of packed sequences, each smoothed and cut into blocks by itself.
-
-    Args:
-        q: (T_q, H, D).
-        k, v: (T_k, G, D).
-        cu_seqlens_q, cu_seqlens_k: int (S + 1), where each sequence begins, and the end.
-
-    Returns:
-        Output (T_q, H, D) and log-sum-exp (H, T_q).
-    """
-
-    def one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return int8_forward(q, k, v, pv=pv, causal=causal, scale=scale, options=options)
-
-    return over_sequences(one, q, k, v, cu_seqlens_q, cu_seqlens_k)
 
 
 def int8_scores(q8: Tensor, q_scale: Tensor, k8: Tensor, k_scale: Tensor, factor: float) -> Callable[[slice], Tensor]:

@@ -19,7 +19,6 @@ from allears.ops.attention.lowbit.nvfp4 import E2M1_TOP, round_to_nvfp4
 from allears.ops.attention.lowbit.options import LowBit
 from allears.ops.attention.lowbit.quantise import E4M3_TOP
 from allears.ops.attention.lowbit.rounding import Round, Rounding, rounded_forward
-from allears.ops.attention.lowbit.varlen import over_sequences
 
 P_TOP = E4M3_TOP * E2M1_TOP  # 2688: what the largest weight becomes on two levels
 
@@ -64,34 +63,6 @@ def nvfp4_forward(
         causal=causal,
         scale=scale,
     )
-
-
-def nvfp4_forward_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    options: LowBit | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`nvfp4_forward` of packed sequences, each smoothed and grouped by itself.
-
-    Args:
-        q: (T_q, H, D), tokens of all sequences.
-        k, v: (T_k, G, D).
-        cu_seqlens_q, cu_seqlens_k: int (S + 1), where each sequence begins, and the end.
-
-    Returns:
-        Output (T_q, H, D) and log-sum-exp (H, T_q).
-    """
-
-    def one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return nvfp4_forward(q, k, v, causal=causal, scale=scale, options=options)
-
-    return over_sequences(one, q, k, v, cu_seqlens_q, cu_seqlens_k)
 
 
 def four_bit_rounding(two_level_p: bool = True, rounding: Round = round_to_nvfp4) -> Rounding:

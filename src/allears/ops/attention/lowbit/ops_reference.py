@@ -7,8 +7,6 @@ Shapes: B batch, L_q queries, L_k keys, H query heads, G key heads (H a multiple
 rows of S sequences.
 """
 
-from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -18,46 +16,12 @@ from allears.ops.attention.lowbit.fake_quant import FakeQuantised, quantised_bac
 from allears.ops.attention.lowbit.int8_reference import int8_forward
 from allears.ops.attention.lowbit.ops import like_output
 from allears.ops.attention.lowbit.options import Backward, LowBit
-from allears.ops.attention.lowbit.varlen import over_sequences
-
-Gradients = tuple[Tensor, Tensor, Tensor]
+from allears.ops.attention.lowbit.varlen import backward_over_sequences, over_sequences
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
     """Autocast off on the device of x."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def backward_over_sequences(
-    backward: Callable[..., Gradients],
-    of_queries: tuple[Tensor, ...],
-    of_keys: tuple[Tensor, ...],
-    of_sums: tuple[Tensor | None, ...],
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-) -> Gradients:
-    """Run ``backward(*of_queries, *of_keys, *of_sums)`` on each packed sequence, with B = 1.
-
-    Args:
-        of_queries: (T_q, H, D) each, q first.
-        of_keys: (T_k, G, D) each, k first.
-        of_sums: (H, T_q) each, or None.
-        cu_seqlens_q, cu_seqlens_k: int (S + 1), checked by the forward.
-
-    Returns:
-        dQ (T_q, H, D), dK and dV (T_k, G, D).
-    """
-    d_q, d_k, d_v = (torch.zeros_like(x) for x in (of_queries[0], of_keys[0], of_keys[0]))
-    for (q0, q1), (k0, k1) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
-        d_q[q0:q1], d_k[k0:k1], d_v[k0:k1] = (
-            grad[0]
-            for grad in backward(
-                *(x[None, q0:q1] for x in of_queries),
-                *(x[None, k0:k1] for x in of_keys),
-                *(None if x is None else x[None, :, q0:q1] for x in of_sums),
-            )
-        )
-    return d_q, d_k, d_v
 
 
 def _options(smooth_k: bool, smooth_q: bool | None, two_level_p: bool, backward: str) -> LowBit:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from allears.ops.attention.lowbit.ops import like_output
-from allears.ops.attention.lowbit.ops_reference import backward_over_sequences, without_autocast
+from allears.ops.attention.lowbit.ops_reference import without_autocast
 from allears.ops.attention.lowbit.options import GradScales, LowBit
 from allears.ops.attention.lowbit.sagebwd_reference import sagebwd_backward, sagebwd_forward
-from allears.ops.attention.lowbit.varlen import over_sequences
+from allears.ops.attention.lowbit.varlen import backward_over_sequences, over_sequences
 
 
 def sagebwd_options(smooth_k: bool, grad_scales: str) -> LowBit:

@@ -199,28 +199,3 @@ def _trainable(options: LowBit | None) -> LowBit:
             "leave it None"
         )
     return options
-
-
-class _SageBwd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, causal, scale, options):  # pyrefly: ignore
-        out, lse, saved = sagebwd_forward(q, k, v, causal=causal, scale=scale, options=options)
-        ctx.save_for_backward(*saved)
-        ctx.how = {"causal": causal, "scale": scale, "options": options}
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_out, d_lse):  # pyrefly: ignore
-        saved = SageSaved(*ctx.saved_tensors)
-        if d_out is None:
-            d_out = torch.zeros_like(saved.out)
-        return *sagebwd_backward(d_out, saved, d_lse=d_lse, **ctx.how), None, None, None
-
-
-def sagebwd_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, options: LowBit | None = None
-) -> tuple[Tensor, Tensor]:
-    """:func:`sagebwd_forward` with :func:`sagebwd_backward` as its gradient; both results are differentiable."""
-    return _SageBwd.apply(q, k, v, causal, scale, options)

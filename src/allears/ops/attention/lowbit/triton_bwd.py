@@ -14,7 +14,7 @@ import triton.language as tl
 
 from allears.ops.aot import AotCase
 from allears.ops.attention.lowbit.triton_fwd import in_token_order, load_values
-from allears.ops.attention.lowbit.triton_quant import inverse_of, largest, locate, nearest_int8, scale_of
+from allears.ops.attention.lowbit.triton_quant import inverse_of, largest, locate, nearest_int8, other_side, scale_of
 
 
 @triton.jit
@@ -170,14 +170,7 @@ def sagebwd_keys_kernel(
     b, g = key_head // G, key_head % G
     sequence, base, length, first = locate(cu_k, block, L_k, S, BLOCK, PACKED)
     within = (part % (BLOCK // ROWS)) * ROWS
-    queries = L_q
-    query_base = 0
-    first_tile = 0
-    if PACKED:
-        first_query = tl.load(cu_q + sequence)
-        queries = tl.load(cu_q + sequence + 1) - first_query
-        first_tile = first_query // QUERIES + sequence
-        query_base = first_query.to(tl.int64)
+    query_base, queries, first_tile = other_side(cu_q, sequence, L_q, QUERIES, PACKED)
     key = first + within + tl.arange(0, ROWS)
     channel = tl.arange(0, DP)
     stored = (key_head * N + block) * BLOCK + within + tl.arange(0, ROWS)
@@ -426,14 +419,7 @@ def sagebwd_queries_kernel(
     g = h // (H // G)
     key_head = b * G + g
     sequence, base, length, first = locate(cu_q, tile, L_q, S, ROWS, PACKED)
-    keys = L_k
-    key_base = 0
-    first_block = 0
-    if PACKED:
-        first_key = tl.load(cu_k + sequence)
-        keys = tl.load(cu_k + sequence + 1) - first_key
-        first_block = first_key // KEYS + sequence
-        key_base = first_key.to(tl.int64)
+    key_base, keys, first_block = other_side(cu_k, sequence, L_k, KEYS, PACKED)
     row = first + tl.arange(0, ROWS)
     channel = tl.arange(0, DP)
     inside = row < length

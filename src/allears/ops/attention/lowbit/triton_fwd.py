@@ -14,7 +14,7 @@ import triton.language as tl
 
 from allears.ops.aot import AotCase
 from allears.ops.attention.lowbit.triton_nvfp4_quant import e4m3_code
-from allears.ops.attention.lowbit.triton_quant import inverse_of, locate, nearest_int8, scale_of
+from allears.ops.attention.lowbit.triton_quant import inverse_of, locate, nearest_int8, other_side, scale_of
 
 
 @triton.jit
@@ -165,14 +165,7 @@ def int8_forward_kernel(
     b, h = head // H, head % H
     key_head = b * G + h // (H // G)
     sequence, base, length, first = locate(cu_q, tile, L_q, S, ROWS, PACKED)
-    keys = L_k
-    key_base = 0
-    first_block = 0
-    if PACKED:
-        first_key = tl.load(cu_k + sequence)
-        keys = tl.load(cu_k + sequence + 1) - first_key
-        first_block = first_key // KEYS + sequence
-        key_base = first_key.to(tl.int64)
+    key_base, keys, first_block = other_side(cu_k, sequence, L_k, KEYS, PACKED)
     row = first + tl.arange(0, ROWS)
     channel = tl.arange(0, DP)
     inside = row < length

@@ -97,6 +97,21 @@ def locate(cu, block, LENGTH, SEQUENCES, BLOCK: tl.constexpr, PACKED: tl.constex
 
 
 @triton.jit
+def other_side(cu, sequence, LENGTH, BLOCK: tl.constexpr, PACKED: tl.constexpr):
+    """Of a sequence that :func:`locate` found by the queries, its keys (or the reverse): their first row in memory,
+    their number, and their first block."""
+    base = 0
+    length = LENGTH
+    block = 0
+    if PACKED:
+        first = tl.load(cu + sequence)
+        length = tl.load(cu + sequence + 1) - first
+        block = first // BLOCK + sequence
+        base = first.to(tl.int64)
+    return base, length, block
+
+
+@triton.jit
 def load_rows(x, row, column, stride_l, stride_d, LENGTH, D):
     """float32 (rows, columns) of the tokens below LENGTH and channels below D, 0 elsewhere."""
     inside = (row < LENGTH)[:, None] & (column < D)[None, :]

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+Gradients = tuple[Tensor, Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -41,6 +42,38 @@ def over_sequences(
         outs.append(out[0])
         sums.append(lse[0])
     return torch.cat(outs), torch.cat(sums, dim=1)
+
+
+def backward_over_sequences(
+    backward: Callable[..., Gradients],
+    of_queries: tuple[Tensor, ...],
+    of_keys: tuple[Tensor, ...],
+    of_sums: tuple[Tensor | None, ...],
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+) -> Gradients:
+    """Run ``backward(*of_queries, *of_keys, *of_sums)`` on each packed sequence, with B = 1.
+
+    Args:
+        of_queries: (T_q, H, D) each, q first.
+        of_keys: (T_k, G, D) each, k first.
+        of_sums: (H, T_q) each, or None.
+        cu_seqlens_q, cu_seqlens_k: int (S + 1), checked by the forward.
+
+    Returns:
+        dQ (T_q, H, D), dK and dV (T_k, G, D).
+    """
+    d_q, d_k, d_v = (torch.zeros_like(x) for x in (of_queries[0], of_keys[0], of_keys[0]))
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
+        d_q[q0:q1], d_k[k0:k1], d_v[k0:k1] = (
+            grad[0]
+            for grad in backward(
+                *(x[None, q0:q1] for x in of_queries),
+                *(x[None, k0:k1] for x in of_keys),
+                *(None if x is None else x[None, :, q0:q1] for x in of_sums),
+            )
+        )
+    return d_q, d_k, d_v
 
 
 def _starts(name: str, starts: Tensor, packed: Tensor) -> list[int]:

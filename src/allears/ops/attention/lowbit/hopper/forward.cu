@@ -1,19 +1,16 @@
+// Attention with INT8 Q K^T and FP8 or INT8 P V, forward, for Hopper (compute capability 9.0).
+//
+// One producer warp brings K and V by bulk tensor copies; each of GROUPS warpgroups owns 64 query rows and waits for its own products while
+// the others' run (see README.md). Q is quantised here, one scale a row. Numerics: lowbit/README.md. A block of the persistent grid takes work
+// items (query tile, head, batch) until none are left.
+//
+// Defined by the host: HEAD_DIM (64 or 128), CAUSAL, PV_INT8, IN_FP16, SAVE_Q, GROUPS (2 or 3: warpgroups that compute).
+
 #include "common.cuh"
 #include "mma.cuh"
 
-// Attention with INT8 Q K^T and FP8 or INT8 P V, forward, for Hopper (compute capability 9.0).
-//
-// One producer warp brings K and V by bulk tensor copies; two warpgroups own 64 query rows each. Q is quantised here, one scale a
-// row. A warpgroup's product P V of the last tile runs while it computes the softmax of this one; the other warpgroup's products
-// fill the rest. Numerics: lowbit/README.md. A block of the persistent grid takes work items (query tile, head, batch) until none are left.
-//
-// Defined by the host: HEAD_DIM (64 or 128), CAUSAL, PV_INT8, IN_FP16, SAVE_Q.
-
 #ifndef DEFER
-#define DEFER (PV_INT8 && HEAD_DIM == 128)  // a tile's P V runs while the next one's softmax is computed
-#endif
-#ifndef GROUPS
-#define GROUPS (DEFER ? 2 : 3)  // warpgroups that compute, 64 query rows each
+#define DEFER (PV_INT8 && GROUPS == 2)  // a tile's P V runs while the next one's softmax is computed
 #endif
 #ifndef EARLY_S
 #define EARLY_S (GROUPS == 2 && !DEFER)  // issue the next Q K^T before P V

@@ -103,6 +103,11 @@ class Forward(NamedTuple):
     lse2: Tensor | None
 
 
+def warpgroups_of(pv: Literal["fp8", "int8"], size: int) -> int:
+    """How many warpgroups compute in the forward: INT8 P V at head size 128 needs the registers of a third."""
+    return 2 if pv == "int8" and size == 128 else 3
+
+
 def attend(
     q: Tensor,
     kv: QuantisedKV,
@@ -114,7 +119,12 @@ def attend(
     save_q: bool,
     **tuning: int,
 ) -> Forward:
-    """q (B, L_q, H, D) 16 bit with last stride 1, against quantised keys and values."""
+    """q (B, L_q, H, D) 16 bit with last stride 1, against quantised keys and values.
+
+    Args:
+        keys: L_k, of which the last block of ``kv`` may hold fewer than 128.
+        tuning: macros of ``forward.cu`` other than their defaults, to try variants.
+    """
     batch, rows, heads, size = q.shape
     groups, blocks = kv.scales.shape[1:3]
     device = q.device
@@ -126,7 +136,7 @@ def attend(
     counter = torch.zeros(1, device=device, dtype=torch.int32)
     k_map = tensor_map(kv.k.view(batch * groups, blocks * KEYS, size), (1, KEYS, size), size)
     v_map = tensor_map(kv.v.view(batch * groups, size, blocks * KEYS), (1, size, KEYS), 128)
-    warpgroups = tuning.get("GROUPS", 2 if pv == "int8" and size == 128 else 3)
+    warpgroups = tuning.get("GROUPS", warpgroups_of(pv, size))
     row_tiles = -(-rows // (64 * warpgroups))
     per_head_bytes = 2 * blocks * KEYS * size * groups // heads
     chunk = max(1, min(heads * batch, (24 << 20) // max(1, per_head_bytes)))
@@ -137,7 +147,7 @@ def attend(
     )  # fmt: skip
     defines = {
         "HEAD_DIM": size, "CAUSAL": int(causal), "PV_INT8": int(pv == "int8"), "IN_FP16": int(q.dtype == torch.float16),
-        "SAVE_Q": int(save_q), **tuning,
+        "SAVE_Q": int(save_q), **tuning, "GROUPS": warpgroups,
     }  # fmt: skip
     shared = warpgroups * 64 * size + 2 * _STAGES * KEYS * size + 1024 + _STAGES * 1024
     run = kernel("forward.cu", "attention_forward", device, shared, **defines)
