@@ -145,6 +145,17 @@ def _check(status: int, what: str) -> None:
         raise KernelError(f"{what}: {(text.value or b'?').decode()} ({status})")
 
 
+def _enter(device: int) -> None:
+    """Make torch's context current in this thread. Threads that torch starts, such as those of backward passes, may have
+    none before their first operation.
+    """
+    found = c_void_p()
+    _check(_driver().cuCtxGetCurrent(byref(found)), "context")
+    if not found.value:
+        _check(_driver().cuDevicePrimaryCtxRetain(byref(found), c_int(device)), "context")
+        _check(_driver().cuCtxSetCurrent(found), "context")
+
+
 class Kernel:
     """A compiled kernel on one device.
 
@@ -158,8 +169,8 @@ class Kernel:
         self.shared_bytes = shared_bytes
         self._module, self._function = c_void_p(), c_void_p()
         with torch.cuda.device(device):
-            torch.cuda.current_stream()
-            torch.empty(1, device=device)  # makes torch's context current
+            torch.cuda.current_stream()  # starts CUDA
+            _enter(torch.cuda.current_device())
             _check(_driver().cuModuleLoadData(byref(self._module), code), "module")
             _check(_driver().cuModuleGetFunction(byref(self._function), self._module, function.encode()), function)
             if shared_bytes > 48 * 1024:
@@ -173,6 +184,7 @@ class Kernel:
         """Launch on the current stream."""
         pointers = (c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         stream = c_void_p(torch.cuda.current_stream().cuda_stream)
+        _enter(torch.cuda.current_device())
         _check(
             _driver().cuLaunchKernel(
                 self._function, *(c_uint(n) for n in grid), c_uint(threads), 1, 1, c_uint(self.shared_bytes), stream,

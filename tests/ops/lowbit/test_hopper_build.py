@@ -52,11 +52,11 @@ def waits_of_the_compiler(log):
     ("defines", "wanted"),
     [
         (
-            {"HEAD_DIM": 128, "CAUSAL": 0, "PV_INT8": 0, "IN_FP16": 0, "SAVE_Q": 0, "GROUPS": 3},
+            {"HEAD_DIM": 128, "CAUSAL": 0, "PV_INT8": 0, "IN_FP16": 0, "SAVE_Q": 0},
             {"IGMMA": 4, "QGMMA": 4},
         ),
-        ({"HEAD_DIM": 64, "CAUSAL": 1, "PV_INT8": 0, "IN_FP16": 1, "SAVE_Q": 0, "GROUPS": 3}, {"IGMMA": 2, "QGMMA": 4}),
-        ({"HEAD_DIM": 128, "CAUSAL": 1, "PV_INT8": 1, "IN_FP16": 0, "SAVE_Q": 1, "GROUPS": 2}, {"IGMMA": 8}),
+        ({"HEAD_DIM": 64, "CAUSAL": 1, "PV_INT8": 0, "IN_FP16": 1, "SAVE_Q": 0}, {"IGMMA": 2, "QGMMA": 4}),
+        ({"HEAD_DIM": 128, "CAUSAL": 1, "PV_INT8": 1, "IN_FP16": 0, "SAVE_Q": 1}, {"IGMMA": 8}),
     ],
 )
 def test_forward_multiplies_in_8_bits(defines, wanted, caplog):
@@ -69,7 +69,7 @@ def test_forward_multiplies_in_8_bits(defines, wanted, caplog):
 
 
 def test_serialised_products_are_seen(caplog):
-    defines = {"HEAD_DIM": 64, "CAUSAL": 0, "PV_INT8": 0, "IN_FP16": 0, "SAVE_Q": 0, "GROUPS": 3}
+    defines = {"HEAD_DIM": 64, "CAUSAL": 0, "PV_INT8": 0, "IN_FP16": 0, "SAVE_Q": 0}
     called = ("DEVICE void mma_commit()", "__device__ __noinline__ void mma_commit()")
     _, log = build("forward.cu", caplog, called, **defines)
     assert waits_of_the_compiler(log)

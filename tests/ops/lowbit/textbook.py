@@ -50,7 +50,7 @@ def dense(q, k, v, causal=False, scale=None, d_out=None, d_lse=None):
     wide_k, wide_v = (x.repeat_interleave(ratio, dim=2) for x in leaves[1:])
     logits = torch.einsum("blhd,bnhd->bhln", leaves[0], wide_k) * (scale or 1 / math.sqrt(q.shape[3]))
     if causal:
-        hidden = ~torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        hidden = ~torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril(k.shape[1] - q.shape[1])
         logits = logits.masked_fill(hidden, -math.inf)
     blind = (logits == -math.inf).all(-1)
     weights = logits.masked_fill(blind.unsqueeze(-1), 0.0).softmax(-1).masked_fill(blind.unsqueeze(-1), 0.0)

@@ -184,8 +184,9 @@ def _refuses_reference(facts: Facts, spec: AttentionSpec) -> str:
 def _refuses_hopper(facts: Facts, spec: AttentionSpec) -> str:
     if facts.device != "cuda" or facts.capability is None:
         return f"runs on CUDA GPUs; the tensors are on {facts.device}"
-    if facts.capability != (9, 0):
-        return f"needs compute capability 9.0; this GPU has {facts.capability[0]}.{facts.capability[1]}"
+    major, minor = facts.capability
+    if major != 9 or minor != 0:  # not "!= (9, 0)", which torch.compile of torch 2.11 cannot trace
+        return f"needs compute capability 9.0; this GPU has {major}.{minor}"
     if facts.dtype not in HALF:
         return f"takes float16 and bfloat16, {facts.dtype} given; cast q, k and v"
     if facts.head_dim > _HOPPER_HEAD_SIZES[-1]:

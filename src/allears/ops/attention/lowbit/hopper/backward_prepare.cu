@@ -1,7 +1,7 @@
 #include "common.cuh"
 
 // What the backward pass needs of each query token: D = sum(dO * O), dO in INT8 with one scale a token, dO and Q transposed to (D, tokens) with
-// the tokens of each 16 in operand order (see quantise.cu), and the four numbers of a column (see backward.cu).
+// the tokens of each 16 in operand order (store_across), and the four numbers of a column (see backward.cu).
 //
 // Defined by the host: HEAD_DIM (64 or 128), IN_FP16.
 
@@ -26,21 +26,8 @@ struct Params {
   float scale;               // softmax scale * log2 e
 };
 
-DEVICE void store_across(const u8* tile, signed char* to, long long row_bytes) {
-  for (int n = threadIdx.x; n < HEAD_DIM * (ROWS / 16); n += THREADS) {
-    int d = n % HEAD_DIM, c = n / HEAD_DIM;
-    u32 w[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const u8* at = tile + d + (16 * c + 2 * i) * PITCH;
-      w[i] = (u32)at[0] | (u32)at[PITCH] << 8 | (u32)at[8 * PITCH] << 16 | (u32)at[9 * PITCH] << 24;
-    }
-    *(uint4*)(to + d * row_bytes + c * 16) = make_uint4(w[0], w[1], w[2], w[3]);
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) backward_prepare(const __grid_constant__ Params p) {
-  __shared__ alignas(16) u8 tile[ROWS * PITCH];
+  __shared__ alignas(16) u8 tile[ROWS * PITCH], q_tile[ROWS * PITCH];
   int first = blockIdx.x * ROWS, h = blockIdx.y, b = blockIdx.z;
   int chunk = threadIdx.x % CHUNKS, r0 = threadIdx.x / CHUNKS;
   long long z = (long long)b * p.heads + h;
@@ -49,8 +36,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_prepare(const __g
     int local = r0 + n * ROWS_AT_ONCE, row = first + local;
     bool inside = row < p.rows;
     uint4 g = make_uint4(0, 0, 0, 0), o = g;
+    uint2 q8 = make_uint2(0, 0);
     if (inside) {
       g = __ldg((const uint4*)((const u16*)p.d_out + b * p.do_batch + (long long)row * p.do_row + (long long)h * p.do_head + chunk * 8));
+      q8 = __ldg((const uint2*)(p.q8 + (z * p.rows + row) * HEAD_DIM + chunk * 8));
       o = __ldg((const uint4*)((const u16*)p.out + (((long long)b * p.rows + row) * p.heads + h) * HEAD_DIM + chunk * 8));
     }
     u32 gw[4] = {g.x, g.y, g.z, g.w}, ow[4] = {o.x, o.y, o.z, o.w};
@@ -74,6 +63,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_prepare(const __g
     u32* to = (u32*)(tile + local * PITCH + chunk * 8);
     to[0] = pack_bytes(x[0], x[1], x[2], x[3]);
     to[1] = pack_bytes(x[4], x[5], x[6], x[7]);
+    u32* q_to = (u32*)(q_tile + local * PITCH + chunk * 8);
+    q_to[0] = q8.x;
+    q_to[1] = q8.y;
     if (chunk == 0) {
       float4 column = make_float4(0.0f, INFINITY_F, 0.0f, 0.0f);
       float lse = inside ? p.lse2[z * p.rows + row] : -INFINITY_F;
@@ -83,19 +75,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_prepare(const __g
     }
   }
   __syncthreads();
-  long long row_bytes = p.padded;
-  store_across(tile, p.do8_across + z * HEAD_DIM * row_bytes + first, row_bytes);
-  __syncthreads();
-#pragma unroll
-  for (int n = 0; n < PER_THREAD; n++) {
-    int local = r0 + n * ROWS_AT_ONCE, row = first + local;
-    uint2 q = row < p.rows ? __ldg((const uint2*)(p.q8 + (z * p.rows + row) * HEAD_DIM + chunk * 8)) : make_uint2(0, 0);
-    u32* to = (u32*)(tile + local * PITCH + chunk * 8);
-    to[0] = q.x;
-    to[1] = q.y;
+  const int items = HEAD_DIM / 4 * (ROWS / 16);
+  for (int n = threadIdx.x; n < 2 * items; n += THREADS) {
+    u8* to = (u8*)(n < items ? p.do8_across : p.q8_across) + z * HEAD_DIM * p.padded + first;
+    store_across<ROWS, HEAD_DIM>(n < items ? tile : q_tile, n % items, to, p.padded);
   }
-  __syncthreads();
-  store_across(tile, p.q8_across + z * HEAD_DIM * row_bytes + first, row_bytes);
 }
 
 struct FinishParams {
@@ -104,16 +88,43 @@ struct FinishParams {
   int heads, rows;
 };
 
+// Four words of each of the four threads of a quad, transposed: thread q gets word q of each.
+DEVICE void quad_transpose(u32 (&w)[4], int q) {
+#pragma unroll
+  for (int d = 1; d < 4; d <<= 1) {
+    bool high = q & d;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i & d) continue;
+      u32 got = __shfl_xor_sync(0xffffffffu, high ? w[i] : w[i | d], d);
+      if (high)
+        w[i] = got;
+      else
+        w[i | d] = got;
+    }
+  }
+}
+
 // dQ from the order of the accumulators to rows, in 16 bit.
 extern "C" __global__ void __launch_bounds__(256) backward_finish(const __grid_constant__ FinishParams p) {
   int tile = blockIdx.x, h = blockIdx.y, b = blockIdx.z, half = threadIdx.x / 128, t = threadIdx.x % 128;
   const float4* from = (const float4*)p.dq + ((((long long)b * p.heads + h) * gridDim.x + tile) * 2 + half) * (HEAD_DIM / 16) * 128 + t;
-  int row = tile * ROWS + t / 32 * 16 + t % 32 / 4, column = half * (HEAD_DIM / 2) + 2 * (t % 4);
+  int q = t % 4, row = tile * ROWS + t / 32 * 16 + t % 32 / 4, column = half * (HEAD_DIM / 2) + 8 * q;
   u16* to = (u16*)p.out + (((long long)b * p.rows + row) * p.heads + h) * HEAD_DIM + column;
+  float4 x[HEAD_DIM / 16];
 #pragma unroll
-  for (int j = 0; j < HEAD_DIM / 16; j++) {
-    float4 x = __ldg(from + 128 * j);
-    if (row < p.rows) *(u32*)(to + 8 * j) = pack16(x.x, x.y);
-    if (row + 8 < p.rows) *(u32*)(to + 8 * j + (long long)8 * p.heads * HEAD_DIM) = pack16(x.z, x.w);
+  for (int j = 0; j < HEAD_DIM / 16; j++) x[j] = __ldg(from + 128 * j);
+#pragma unroll
+  for (int j = 0; j < HEAD_DIM / 16; j += 4) {
+    u32 upper[4], lower[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      upper[i] = pack16(x[j + i].x, x[j + i].y);
+      lower[i] = pack16(x[j + i].z, x[j + i].w);
+    }
+    quad_transpose(upper, q);
+    quad_transpose(lower, q);
+    if (row < p.rows) *(uint4*)(to + 8 * j) = make_uint4(upper[0], upper[1], upper[2], upper[3]);
+    if (row + 8 < p.rows) *(uint4*)(to + 8 * j + (long long)8 * p.heads * HEAD_DIM) = make_uint4(lower[0], lower[1], lower[2], lower[3]);
   }
 }

@@ -111,6 +111,27 @@ DEVICE u32 pack_bytes(float a, float b, float c, float d) {  // integers + MAGIC
   return __byte_perm(lo, hi, 0x5410);
 }
 
+// Bytes (tokens, D) in shared memory, rows of HEAD_DIM + 4, out as (D, tokens), the tokens of each 16 in the order in which a product's accumulator
+// fragment serves as the next one's 8-bit operand: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15. Item n of HEAD_DIM / 4 * TOKENS / 16.
+template <int TOKENS, int SIZE>
+DEVICE void store_across(const u8* tile, int n, u8* to, long long row_bytes) {
+  int c = n % (TOKENS / 16), d = n / (TOKENS / 16) * 4;
+  const u8* at = tile + 16 * c * (SIZE + 4) + d;
+  u32 w[4][4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    u32 a = *(const u32*)(at + 2 * i * (SIZE + 4)), b = *(const u32*)(at + (2 * i + 1) * (SIZE + 4));
+    u32 x = *(const u32*)(at + (2 * i + 8) * (SIZE + 4)), y = *(const u32*)(at + (2 * i + 9) * (SIZE + 4));
+    u32 ab_low = __byte_perm(a, b, 0x5140), ab_high = __byte_perm(a, b, 0x7362), xy_low = __byte_perm(x, y, 0x5140), xy_high = __byte_perm(x, y, 0x7362);
+    w[0][i] = __byte_perm(ab_low, xy_low, 0x5410);
+    w[1][i] = __byte_perm(ab_low, xy_low, 0x7632);
+    w[2][i] = __byte_perm(ab_high, xy_high, 0x5410);
+    w[3][i] = __byte_perm(ab_high, xy_high, 0x7632);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) *(uint4*)(to + (d + i) * row_bytes + 16 * c) = make_uint4(w[i][0], w[i][1], w[i][2], w[i][3]);
+}
+
 // The 16-bit type of inputs and outputs: bfloat16, or float16 where IN_FP16 is set.
 DEVICE void unpack16(u32 x, float& lo, float& hi) {
 #if IN_FP16

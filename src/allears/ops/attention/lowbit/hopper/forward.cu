@@ -4,20 +4,16 @@
 // the others' run (see README.md). Q is quantised here, one scale a row. Numerics: lowbit/README.md. A block of the persistent grid takes work
 // items (query tile, head, batch) until none are left.
 //
-// Defined by the host: HEAD_DIM (64 or 128), CAUSAL, PV_INT8, IN_FP16, SAVE_Q, GROUPS (2 or 3: warpgroups that compute).
+// Defined by the host: HEAD_DIM (64 or 128), CAUSAL, PV_INT8, IN_FP16, SAVE_Q.
 
 #include "common.cuh"
 #include "mma.cuh"
 
-#ifndef DEFER
-#define DEFER (PV_INT8 && GROUPS == 2)  // a tile's P V runs while the next one's softmax is computed
-#endif
-#ifndef EARLY_S
-#define EARLY_S (GROUPS == 2 && !DEFER)  // issue the next Q K^T before P V
-#endif
+#define S_HOLDS_PV (PV_INT8 && HEAD_DIM == 128)  // P V into the registers of S, which is packed by then: without it they spill
 #ifndef ONES
 #define ONES (!PV_INT8)  // row sums of P by the matrix unit: V carries a column of ones
 #endif
+#define GROUPS 3  // warpgroups that compute
 #define Q_ROWS (64 * GROUPS)
 #define THREADS (128 * (GROUPS + 1))
 #define KEYS 128
@@ -89,66 +85,71 @@ struct Row2 {  // the two rows that a thread holds: g and g + 8 of its warp
   float a, b;
 };
 
-DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+DEVICE int quad_max(int x) {
+  x = max(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return max(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
+#if !ONES
 DEVICE float quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
-
-// S (integers) of one tile to P in 8 bits; new maxima; rescaling factors of what came before; weight of the tile's product.
-template <bool MASKED>
-DEVICE void softmax(int (&s)[64], Row2 c, Row2& m, Row2& l, Row2& alpha, Row2& weight, int limit_a, int limit_b, int column0) {
-  Row2 top = {-INFINITY_F, -INFINITY_F};
-#pragma unroll
-  for (int j = 0; j < 16; j++) {
-    float x[4];
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      x[e] = (float)s[4 * j + e];
-      if (MASKED && 8 * j + column0 + (e & 1) >= (e < 2 ? limit_a : limit_b)) x[e] = -INFINITY_F;
-      s[4 * j + e] = __float_as_int(x[e]);
-    }
-    top.a = fmaxf(top.a, fmaxf(x[0], x[1]));
-    top.b = fmaxf(top.b, fmaxf(x[2], x[3]));
-  }
-  top.a = quad_max(top.a) * c.a;
-  top.b = quad_max(top.b) * c.b;
-  float ma = fmaxf(m.a, top.a), mb = fmaxf(m.b, top.b);
-  float ua = MASKED && ma == -INFINITY_F ? 0.0f : ma, ub = MASKED && mb == -INFINITY_F ? 0.0f : mb;  // no key seen yet
-  alpha.a = exp2_fast(m.a - ua);
-  alpha.b = exp2_fast(m.b - ub);
-  m.a = ma;
-  m.b = mb;
-#if PV_INT8
-  weight.a = exp2_fast(top.a - ua) * (1.0f / 127.0f);
-  weight.b = exp2_fast(top.b - ub) * (1.0f / 127.0f);
-  float oa = (MASKED && top.a == -INFINITY_F ? 0.0f : top.a) - P_SHIFT, ob = (MASKED && top.b == -INFINITY_F ? 0.0f : top.b) - P_SHIFT;
-#else
-  float oa = ua - P_SHIFT, ob = ub - P_SHIFT;
 #endif
+
+// S (integers) of one tile to P in 8 bits. ``m``: running maxima. FP8: P is relative to them, and ``keep`` the factor of what came before. INT8: P
+// is relative to the tile's own maximum ``at`` (not below m - 20, so that o, which is kept in units of the last tile's P, stays finite).
+template <bool MASKED>
+DEVICE void softmax(int (&s)[64], Row2 c, Row2& m, Row2& at, Row2& l, Row2& keep, int limit_a, int limit_b, int column0) {
+  const int hidden = -(1 << 30);  // |S| is at most 127^2 D
+  int top_a = hidden, top_b = hidden;
+#pragma unroll
+  for (int j = 0; j < 16; j++) {
+    if (MASKED) {
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        if (8 * j + column0 + (e & 1) >= (e < 2 ? limit_a : limit_b)) s[4 * j + e] = hidden;
+    }
+    top_a = max(max(top_a, s[4 * j]), s[4 * j + 1]);
+    top_b = max(max(top_b, s[4 * j + 2]), s[4 * j + 3]);
+  }
+  top_a = quad_max(top_a);
+  top_b = quad_max(top_b);
+  Row2 top = {(float)top_a * c.a, (float)top_b * c.b};
+  if (MASKED && top_a == hidden) top.a = -INFINITY_F;
+  if (MASKED && top_b == hidden) top.b = -INFINITY_F;
+  m.a = fmaxf(m.a, top.a);
+  m.b = fmaxf(m.b, top.b);
+#if PV_INT8
+  float na = fmaxf(top.a, m.a - 20.0f), nb = fmaxf(top.b, m.b - 20.0f);
+#else
+  float na = m.a, nb = m.b;
+#endif
+  float ua = MASKED && na == -INFINITY_F ? 0.0f : na, ub = MASKED && nb == -INFINITY_F ? 0.0f : nb;  // no key seen yet
+  keep.a = exp2_fast(at.a - ua);
+  keep.b = exp2_fast(at.b - ub);
+  at.a = na;
+  at.b = nb;
+  float oa = ua - P_SHIFT, ob = ub - P_SHIFT;
+#if !ONES
   Row2 sum = {0.0f, 0.0f};
+#endif
 #pragma unroll
   for (int j = 0; j < 16; j++) {
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      float x = __int_as_float(s[4 * j + e]);
-      float y = exp2_fast(e < 2 ? fmaf(x, c.a, -oa) : fmaf(x, c.b, -ob));
-      s[4 * j + e] = __float_as_int(y);
+      float x = (float)s[4 * j + e];
+      if (MASKED && s[4 * j + e] == hidden) x = -INFINITY_F;
+      x = e < 2 ? fmaf(x, c.a, -oa) : fmaf(x, c.b, -ob);
+      s[4 * j + e] = __float_as_int(exp2_fast(x));
     }
 #if !ONES
     sum.a += __int_as_float(s[4 * j]) + __int_as_float(s[4 * j + 1]);
     sum.b += __int_as_float(s[4 * j + 2]) + __int_as_float(s[4 * j + 3]);
 #endif
   }
-#if PV_INT8
-  l.a = l.a * alpha.a + sum.a * weight.a;
-  l.b = l.b * alpha.b + sum.b * weight.b;
-#elif !ONES
-  l.a = l.a * alpha.a + sum.a;
-  l.b = l.b * alpha.b + sum.b;
+#if !ONES
+  l.a = fmaf(l.a, keep.a, sum.a);
+  l.b = fmaf(l.b, keep.b, sum.b);
 #endif
 }
 
@@ -188,18 +189,10 @@ DEVICE void issue_pv(acc_t (&o)[PREGS], const u32 (&pa)[16], u64 b) {
   }
 }
 
-DEVICE void accumulate(float (&o)[OREGS], const acc_t (&t)[PREGS], Row2 keep, Row2 weight) {
+DEVICE void accumulate(float (&o)[OREGS], const acc_t (&t)[PREGS], Row2 keep) {
 #pragma unroll
-  for (int i = 0; i < OREGS; i++) {
-#if PV_INT8
-    float w = (i & 2) ? weight.b : weight.a;
-    o[i] = o[i] * ((i & 2) ? keep.b : keep.a) + (float)t[i] * w;
-#else
-    o[i] = fmaf(o[i], (i & 2) ? keep.b : keep.a, t[i]);
-#endif
-  }
+  for (int i = 0; i < OREGS; i++) o[i] = fmaf(o[i], (i & 2) ? keep.b : keep.a, (float)t[i]);
 }
-
 
 // 64 rows of Q to INT8 in shared memory, one scale a row. Two threads share a row.
 DEVICE void quantise_q(const Params& p, const Item& it, int group, int t, u8* q_bytes, float* row_scale, float* row_bias) {
@@ -262,7 +255,7 @@ DEVICE void quantise_q(const Params& p, const Item& it, int group, int t, u8* q_
   }
 }
 
-DEVICE void finish(const Params& p, const Item& it, const float (&o)[OREGS], Row2 m, Row2 l, float unit, int row_a, int column0, const float* bias) {
+DEVICE void finish(const Params& p, const Item& it, const float (&o)[OREGS], Row2 at, Row2 l, float unit, int row_a, int column0, const float* bias) {
 #if ONES
   l.a = __shfl_sync(0xffffffffu, l.a, threadIdx.x & 28);
   l.b = __shfl_sync(0xffffffffu, l.b, threadIdx.x & 28);
@@ -273,21 +266,16 @@ DEVICE void finish(const Params& p, const Item& it, const float (&o)[OREGS], Row
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     int row = row_a + 8 * half;
-    float total = half ? l.b : l.a, top = half ? m.b : m.a;
+    float total = half ? l.b : l.a, top = half ? at.b : at.a;
     if (row >= it.rows) continue;
     float factor = total == 0.0f ? 0.0f : unit / total;
-    long long at = ((long long)it.b * p.rows + row) * p.heads + it.h;
+    long long out_at = ((long long)it.b * p.rows + row) * p.heads + it.h;
     long long lse_at = (long long)(it.b * p.heads + it.h) * p.rows + row;
-    u32* to = (u32*)((u16*)p.out + at * HEAD_DIM + column0);
+    u32* to = (u32*)((u16*)p.out + out_at * HEAD_DIM + column0);
 #pragma unroll
     for (int j = 0; j < HEAD_DIM / 8; j++) to[4 * j] = pack16(o[4 * j + 2 * half] * factor, o[4 * j + 2 * half + 1] * factor);
     if (column0 == 0) {
-#if PV_INT8
-      float sum = total;
-#else
-      float sum = total * (1.0f / 448.0f);
-#endif
-      float lse2 = total == 0.0f ? -INFINITY_F : top + log2f(sum);
+      float lse2 = total == 0.0f ? -INFINITY_F : top + (log2f(total) - P_SHIFT);
       if (p.lse) p.lse[lse_at] = lse2 * LN2 + bias[8 * half];
 #if SAVE_Q
       p.lse2[lse_at] = lse2;
@@ -297,11 +285,11 @@ DEVICE void finish(const Params& p, const Item& it, const float (&o)[OREGS], Row
 }
 
 #if ONES  // column 0 of the extra ones: the first thread of each quad holds it
-#define SUM_UP(alpha)                           \
-  l.a = fmaf(l.a, alpha.a, (float)part[OREGS]); \
-  l.b = fmaf(l.b, alpha.b, (float)part[OREGS + 2]);
+#define SUM_UP(keep)                           \
+  l.a = fmaf(l.a, keep.a, (float)part[OREGS]); \
+  l.b = fmaf(l.b, keep.b, (float)part[OREGS + 2]);
 #else
-#define SUM_UP(alpha)
+#define SUM_UP(keep)
 #endif
 
 struct Yes {
@@ -348,7 +336,7 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
   int count = p.row_tiles * p.head_chunk * ((p.heads * p.batches + p.head_chunk - 1) / p.head_chunk);
 
   if (group < 0) {  // ---- producer
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 3 ? 32 : 24));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
     if (threadIdx.x != 0) return;
     int stage = 0, phase = 0;
     for (int n = 0;; n++) {
@@ -372,7 +360,7 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
   }
 
   // ---- consumers
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 3 ? 160 : 240));
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
   int warp = t / 32, lane = t % 32, r_a = warp * 16 + lane / 4, column0 = 2 * (lane % 4);
   u8* q_bytes = q_shared + group * Q_BYTES;
   u64 q_operand = operand<HEAD_DIM>(shared_address(q_bytes)), k_operand = operand<HEAD_DIM>(k_shared), v_operand = operand<128>(v_shared);
@@ -381,7 +369,11 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
   int s[64];
   u32 pa[16];
   float o[OREGS];
+#if S_HOLDS_PV
+  int (&part)[64] = s;
+#else
   acc_t part[PREGS];
+#endif
 
   for (int n = 0;; n++) {
     barrier_wait(item_full + 8 * (n & 1), (n >> 1) & 1);
@@ -395,12 +387,9 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
     group_sync(1 + group);
     int row_a = it.tile * Q_ROWS + group * 64 + r_a;
     Row2 sq = {row_scales[64 * group + r_a] * p.scale, row_scales[64 * group + r_a + 8] * p.scale};
-    Row2 m = {-INFINITY_F, -INFINITY_F}, l = {0.0f, 0.0f}, weight, alpha;
+    Row2 m = {-INFINITY_F, -INFINITY_F}, at = m, l = {0.0f, 0.0f}, keep;
     const float2* scales = p.scales + (long long)it.z * p.blocks;
-#if DEFER
-    Row2 last_keep = {0.0f, 0.0f}, last_weight = {0.0f, 0.0f}, last_alpha = {0.0f, 0.0f};
-#endif
-    float unit = 1.0f;  // the scale of V in which o is kept (FP8)
+    float unit = 1.0f;  // the scale of V in which o is kept
 #pragma unroll
     for (int i = 0; i < OREGS; i++) o[i] = 0.0f;
 #pragma unroll
@@ -426,67 +415,20 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
         limit_a = min(limit, row_a + 1 + it.keys - it.rows - j * KEYS);
         limit_b = min(limit, row_a + 9 + it.keys - it.rows - j * KEYS);
 #endif
-        softmax<masked>(s, c, m, l, alpha, weight, limit_a, limit_b, column0);
+        softmax<masked>(s, c, m, at, l, keep, limit_a, limit_b, column0);
         int next_stage = stage + 1 == STAGES ? 0 : stage + 1, next_phase = stage + 1 == STAGES ? phase ^ 1 : phase;
-        Row2 keep = alpha;
-#if PV_INT8
-        weight.a *= now.y;
-        weight.b *= now.y;
-#else
         float v_scale = now.y == 0.0f ? unit : now.y, ratio = unit * reciprocal(v_scale);
-        keep.a *= ratio;
-        keep.b *= ratio;
+        Row2 keep_o = {keep.a * ratio, keep.b * ratio};
         unit = v_scale;
-#endif
-#if DEFER
-        mma_wait<0>();  // the last tile's P V
-        if (leader && j + 1 < it.tiles) barrier_arrive(v_empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1));
-#pragma unroll
-        for (int i = 0; i < 64; i++) asm volatile("" : "+r"(s[i])::"memory");  // packed not before
         pack_p(s, pa);
-        if (!last) barrier_wait(k_full + 8 * next_stage, next_phase);
-        barrier_wait(v_full + 8 * stage, phase);
-        mma_fence();
-        if (!last) {
-          issue_s(s, q_operand, k_operand + next_stage * (K_BYTES >> 4));
-          mma_commit();
-        }
-        accumulate(o, part, last_keep, last_weight);  // while S is computed
-        SUM_UP(last_alpha)
-        asm volatile("" : "+f"(l.a), "+f"(l.b)::"memory");
-#pragma unroll
-        for (int i = 0; i < OREGS; i++) asm volatile("" : "+f"(o[i])::"memory");  // not later
-        mma_fence();
-        issue_pv(part, pa, v_operand + stage * (V_STAGE >> 4));
-        mma_commit();
-        last_keep = keep;
-        last_weight = weight;
-        last_alpha = alpha;
-        if (!last) {
-          mma_wait<1>();
-          if (leader) barrier_arrive(k_empty + 8 * next_stage);
-        }
-#else
-        pack_p(s, pa);
-#if EARLY_S
-        if (!last) {
-          barrier_wait(k_full + 8 * next_stage, next_phase);
-          mma_fence();
-          issue_s(s, q_operand, k_operand + next_stage * (K_BYTES >> 4));
-        }
-#endif
         barrier_wait(v_full + 8 * stage, phase);
         mma_fence();
         issue_pv(part, pa, v_operand + stage * (V_STAGE >> 4));
         mma_commit();
         mma_wait<0>();
         if (leader) barrier_arrive(v_empty + 8 * stage);
-#if EARLY_S
-        if (leader && !last) barrier_arrive(k_empty + 8 * next_stage);
-#endif
-        accumulate(o, part, keep, weight);
-        SUM_UP(alpha)
-#if !EARLY_S
+        accumulate(o, part, keep_o);
+        SUM_UP(keep)
         if (!last) {
           barrier_wait(k_full + 8 * next_stage, next_phase);
           mma_fence();
@@ -495,8 +437,6 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
           mma_wait<0>();
           if (leader) barrier_arrive(k_empty + 8 * next_stage);
         }
-#endif
-#endif
         now = next;
         stage = next_stage;
         phase = next_phase;
@@ -513,14 +453,8 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
         step(Yes(), Yes());
       else
         step(No(), Yes());
-#if DEFER
-      mma_wait<0>();
-      if (leader) barrier_arrive(v_empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1));
-      accumulate(o, part, last_keep, last_weight);
-      SUM_UP(last_alpha)
-#endif
     }
-    finish(p, it, o, m, l, unit, row_a, column0, row_biases + 64 * group + r_a);
+    finish(p, it, o, at, l, unit, row_a, column0, row_biases + 64 * group + r_a);
     group_sync(1 + group);  // the next item's Q goes where this one's was
   }
 }

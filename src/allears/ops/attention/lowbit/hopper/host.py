@@ -18,6 +18,7 @@ from allears.ops.nvrtc import Kernel, TensorMap, compile_cubin, tensor_map
 KEYS = 128
 _FOLDER = Path(__file__).parent
 _STAGES = 4
+_GROUPS = 3  # warpgroups that compute in the forward
 
 
 class _QuantiseParams(ctypes.Structure):
@@ -103,11 +104,6 @@ class Forward(NamedTuple):
     lse2: Tensor | None
 
 
-def warpgroups_of(pv: Literal["fp8", "int8"], size: int) -> int:
-    """How many warpgroups compute in the forward: INT8 P V at head size 128 needs the registers of a third."""
-    return 2 if pv == "int8" and size == 128 else 3
-
-
 def attend(
     q: Tensor,
     kv: QuantisedKV,
@@ -136,8 +132,7 @@ def attend(
     counter = torch.zeros(1, device=device, dtype=torch.int32)
     k_map = tensor_map(kv.k.view(batch * groups, blocks * KEYS, size), (1, KEYS, size), size)
     v_map = tensor_map(kv.v.view(batch * groups, size, blocks * KEYS), (1, size, KEYS), 128)
-    warpgroups = tuning.get("GROUPS", warpgroups_of(pv, size))
-    row_tiles = -(-rows // (64 * warpgroups))
+    row_tiles = -(-rows // (64 * _GROUPS))
     per_head_bytes = 2 * blocks * KEYS * size * groups // heads
     chunk = max(1, min(heads * batch, (24 << 20) // max(1, per_head_bytes)))
     params = _ForwardParams(
@@ -147,12 +142,12 @@ def attend(
     )  # fmt: skip
     defines = {
         "HEAD_DIM": size, "CAUSAL": int(causal), "PV_INT8": int(pv == "int8"), "IN_FP16": int(q.dtype == torch.float16),
-        "SAVE_Q": int(save_q), **tuning, "GROUPS": warpgroups,
+        "SAVE_Q": int(save_q), **tuning,
     }  # fmt: skip
-    shared = warpgroups * 64 * size + 2 * _STAGES * KEYS * size + 1024 + _STAGES * 1024
+    shared = _GROUPS * 64 * size + 2 * _STAGES * KEYS * size + 1024 + _STAGES * 1024
     run = kernel("forward.cu", "attention_forward", device, shared, **defines)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    run((min(multiprocessors, row_tiles * heads * batch), 1, 1), 128 * (warpgroups + 1), k_map, v_map, params)
+    run((min(multiprocessors, row_tiles * heads * batch), 1, 1), 128 * (_GROUPS + 1), k_map, v_map, params)
     return Forward(out, lse, q8, q_scale, lse2)
 
 

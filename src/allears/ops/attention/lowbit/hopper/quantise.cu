@@ -4,7 +4,7 @@
 //
 // key_mean: mean of K over the tokens of each (batch, group), deterministic.
 // quantise_kv: K - mean to INT8, V to E4M3 or INT8, one scale per block of 128 tokens; V comes out transposed, (D, tokens), with the tokens of
-// each 16 in the order in which a product's accumulator fragment serves as the next one's 8-bit operand: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15.
+// each 16 in operand order (store_across in common.cuh).
 //
 // Defined by the host: HEAD_DIM (64 or 128), V_INT8, IN_FP16.
 
@@ -110,26 +110,11 @@ DEVICE float load_block(const void* source, long long base, long long stride, in
   return top;
 }
 
-// Bytes of a block, (128 tokens, D), out as (D, 128 tokens) with the token order above.
-DEVICE void store_transposed(const u8* tile, u8* to, long long row_bytes) {
-  for (int n = threadIdx.x; n < HEAD_DIM * (KEYS / 16); n += THREADS) {
-    int d = n % HEAD_DIM, c = n / HEAD_DIM;
-    u32 w[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      int t = 16 * c + 2 * i;
-      const u8* at = tile + d;
-      w[i] = (u32)at[t * (HEAD_DIM + 4)] | (u32)at[(t + 1) * (HEAD_DIM + 4)] << 8 | (u32)at[(t + 8) * (HEAD_DIM + 4)] << 16 |
-             (u32)at[(t + 9) * (HEAD_DIM + 4)] << 24;
-    }
-    *(uint4*)(to + d * row_bytes + c * 16) = make_uint4(w[0], w[1], w[2], w[3]);
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) quantise_kv(const __grid_constant__ Params p) {
   __shared__ float shared[THREADS / 32];
   __shared__ alignas(16) u8 tile[KEYS * (HEAD_DIM + 4)];
-  int block = blockIdx.x, g = blockIdx.y, b = blockIdx.z;
+  // Backwards: what key_mean read last may still be in the cache.
+  int block = gridDim.x - 1 - blockIdx.x, g = gridDim.y - 1 - blockIdx.y, b = gridDim.z - 1 - blockIdx.z;
   int rows = p.rows;
   if (block * KEYS >= rows) return;
   int chunk = threadIdx.x % CHUNKS, r0 = threadIdx.x / CHUNKS;
@@ -179,5 +164,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantise_kv(const __grid_c
     to[1] = hi;
   }
   __syncthreads();
-  store_transposed(tile, p.v8 + storage * HEAD_DIM * p.blocks * KEYS + (long long)block * KEYS, (long long)p.blocks * KEYS);
+  u8* v_to = p.v8 + storage * HEAD_DIM * p.blocks * KEYS + (long long)block * KEYS;
+  for (int n = threadIdx.x; n < HEAD_DIM / 4 * (KEYS / 16); n += THREADS) store_across<KEYS, HEAD_DIM>(tile, n, v_to, (long long)p.blocks * KEYS);
 }
