@@ -84,6 +84,12 @@ def _done(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [arm for arm in document["arms"].values() if arm["status"] == "done"]
 
 
+def _trace_of(arm: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was traced; before that, or without a result, the field says only whether it is to be."""
+    found = arm.get("trace")
+    return found if isinstance(found, list) else []
+
+
 def study_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of a result file: losses by setting and system, gaps to exact attention, and the traces.
 
@@ -105,7 +111,7 @@ def study_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     for arm in document["arms"].values():
         if arm["status"] == "diverged":
             rows.append(results.row(arm["setting"], arm["system"], "diverged", 1.0, n=1))
-        for entry in arm.get("trace", ()):
+        for entry in _trace_of(arm):
             rows.append(
                 results.row(
                     f"trace {arm['setting']} layer {entry['layer']}",
@@ -140,13 +146,14 @@ def notes(document: dict[str, Any]) -> list[str]:
 
 
 def draw(document: dict[str, Any], study: Path, path: Path) -> None:
-    """Validation loss over tokens, a panel a setting, and the errors of each traced model, a panel each, as a PNG."""
+    """A panel a setting: validation loss over tokens, or the last loss alone where logs are missing; a panel for the
+    errors of each traced model. As a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     arms = _done(document)
     settings = list(dict.fromkeys(arm["setting"] for arm in arms))
-    traced = [(name, arm) for name, arm in document["arms"].items() if arm.get("trace")]
+    traced = [(name, arm) for name, arm in document["arms"].items() if _trace_of(arm)]
     columns = max(len(settings), len(traced), 1)
     figure = Figure(figsize=(4.6 * columns, 7.6 if traced else 3.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -154,10 +161,12 @@ def draw(document: dict[str, Any], study: Path, path: Path) -> None:
     for panel in panels.flat:
         panel.set_axis_off()
     for panel, setting in zip(panels[0], settings, strict=False):
-        _draw_losses(panel, [arm for arm in arms if arm["setting"] == setting], document, study)
+        mine = [arm for arm in arms if arm["setting"] == setting]
+        kept = all((study / name / "log.jsonl").is_file() for name, arm in document["arms"].items() if arm in mine)
+        _draw_losses(panel, mine, document, study) if kept else _draw_last_losses(panel, mine)
         panel.set_title(setting, fontsize=10)
     for panel, (_, arm) in zip(panels[-1] if traced else (), traced, strict=False):
-        _draw_trace(panel, arm["trace"])
+        _draw_trace(panel, _trace_of(arm))
         panel.set_title(f"trace: {arm['setting']}, seed {arm['seed']}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, format="png")
@@ -189,6 +198,19 @@ def _draw_losses(panel: Any, arms: list[dict[str, Any]], document: dict[str, Any
     panel.set_ylabel("loss, nats a token")
     panel.grid(alpha=0.3)
     panel.legend(fontsize=7)
+
+
+def _draw_last_losses(panel: Any, arms: list[dict[str, Any]]) -> None:
+    """Where logs were not kept: the last validation loss of each system's seeds."""
+    panel.set_axis_on()
+    systems = list(dict.fromkeys(arm["system"] for arm in arms))
+    for arm in arms:
+        row = systems.index(arm["system"])
+        panel.plot(arm["metrics"]["val_loss"], row, "o", color=f"C{row}")
+    panel.set_yticks(range(len(systems)), [system.replace("sagebwd-", "") for system in systems], fontsize=7)
+    panel.set_ylim(-0.6, len(systems) - 0.4)
+    panel.set_xlabel("last validation loss, nats a token")
+    panel.grid(alpha=0.3)
 
 
 def _draw_trace(panel: Any, trace: list[dict[str, Any]]) -> None:

@@ -146,9 +146,7 @@ def _check(status: int, what: str) -> None:
 
 
 def _enter(device: int) -> None:
-    """Make torch's context current in this thread. Threads that torch starts, such as those of backward passes, may have
-    none before their first operation.
-    """
+    """Make torch's context current in this thread: threads that torch starts for backward passes may have none."""
     found = c_void_p()
     _check(_driver().cuCtxGetCurrent(byref(found)), "context")
     if not found.value:
