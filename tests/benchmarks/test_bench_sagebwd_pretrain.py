@@ -15,6 +15,7 @@ def _arm(setting, system, seed, losses, **more):
         "status": "done",
         "metrics": metrics,
         "device": "a card",
+        "trace": False,
     } | more
 
 
@@ -93,6 +94,17 @@ def test_the_curves_are_those_of_the_logs(study, tmp_path, monkeypatch):
     ]
     labels = {options["label"] for _, options in drawn if options.get("label")}
     assert labels == {"exact", "sagebwd", "dQ"}
+
+
+def test_where_logs_are_missing_the_last_losses_are_drawn(study, tmp_path, monkeypatch):
+    import matplotlib.axes
+
+    drawn = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda self, *a, **k: drawn.append(a))
+    (study / "b" / "log.jsonl").unlink()
+    monkeypatch.setattr("benchmarks.sagebwd_pretrain._draw_trace", lambda panel, trace: None)
+    draw(read_study(study), study, tmp_path / "x.png")
+    assert sorted(drawn) == [(3.0, 0, "o"), (3.1, 1, "o"), (3.3, 1, "o"), (3.4, 0, "o"), (9.0, 0, "o")]
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path):

@@ -17,9 +17,7 @@
 #define QUERIES 64
 #define GROUPS 2
 #define THREADS (128 * (GROUPS + 1))
-#ifndef STAGES
 #define STAGES 2
-#endif
 #define LN2 0.69314718055994531f
 #define ATOMS (HEAD_DIM / 64)           // 128-byte columns of a 16-bit tile
 #define K8_BYTES (KEYS * HEAD_DIM)

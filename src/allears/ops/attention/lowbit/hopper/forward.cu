@@ -10,9 +10,7 @@
 #include "mma.cuh"
 
 #define S_HOLDS_PV (PV_INT8 && HEAD_DIM == 128)  // P V into the registers of S, which is packed by then: without it they spill
-#ifndef ONES
 #define ONES (!PV_INT8)  // row sums of P by the matrix unit: V carries a column of ones
-#endif
 #define GROUPS 3  // warpgroups that compute
 #define Q_ROWS (64 * GROUPS)
 #define THREADS (128 * (GROUPS + 1))

@@ -18,6 +18,7 @@ from allears.ops.nvrtc import Kernel, TensorMap, compile_cubin, tensor_map
 KEYS = 128
 _FOLDER = Path(__file__).parent
 _STAGES = 4
+_BACKWARD_STAGES = 2
 _GROUPS = 3  # warpgroups that compute in the forward
 
 
@@ -113,13 +114,11 @@ def attend(
     scale: float,
     need_lse: bool,
     save_q: bool,
-    **tuning: int,
 ) -> Forward:
     """q (B, L_q, H, D) 16 bit with last stride 1, against quantised keys and values.
 
     Args:
         keys: L_k, of which the last block of ``kv`` may hold fewer than 128.
-        tuning: macros of ``forward.cu`` other than their defaults, to try variants.
     """
     batch, rows, heads, size = q.shape
     groups, blocks = kv.scales.shape[1:3]
@@ -142,7 +141,7 @@ def attend(
     )  # fmt: skip
     defines = {
         "HEAD_DIM": size, "CAUSAL": int(causal), "PV_INT8": int(pv == "int8"), "IN_FP16": int(q.dtype == torch.float16),
-        "SAVE_Q": int(save_q), **tuning,
+        "SAVE_Q": int(save_q),
     }  # fmt: skip
     shared = _GROUPS * 64 * size + 2 * _STAGES * KEYS * size + 1024 + _STAGES * 1024
     run = kernel("forward.cu", "attention_forward", device, shared, **defines)
@@ -171,7 +170,7 @@ class _BackwardParams(ctypes.Structure):
 
 
 def attend_backward(
-    d_out: Tensor, v: Tensor, kv: QuantisedKV, forward: Forward, causal: bool, scale: float, **tuning: int
+    d_out: Tensor, v: Tensor, kv: QuantisedKV, forward: Forward, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_out (B, L_q, H, D) and v (B, L_k, G, D), 16 bit with last stride 1; returns dq, dk, dv in their dtype."""
     assert forward.q8 is not None and forward.q_scale is not None and forward.lse2 is not None
@@ -208,9 +207,8 @@ def attend_backward(
         tensor_map(across[0], (1, size, 64), 64),
         tensor_map(across[1], (1, size, 64), 64),
     )
-    stages = tuning.get("STAGES", 2)
-    shared = 5 * KEYS * size + KEYS * 64 * 2 + 4 * 64 * size + stages * (5 * 64 * size + 1024) + 1024
-    defines = {"HEAD_DIM": size, "CAUSAL": int(causal), "IN_FP16": half, **tuning}
+    shared = 5 * KEYS * size + KEYS * 64 * 2 + 4 * 64 * size + _BACKWARD_STAGES * (5 * 64 * size + 1024) + 1024
+    defines = {"HEAD_DIM": size, "CAUSAL": int(causal), "IN_FP16": half}
     run = kernel("backward.cu", "attention_backward", device, shared, **defines)
     run((blocks, groups, batch), 384, *maps, params)
     finish = _FinishParams(sums.data_ptr(), dq.data_ptr(), heads, rows)
