@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
 from pathlib import Path
@@ -154,6 +154,13 @@ def _enter(device: int) -> None:
         _check(_driver().cuCtxSetCurrent(found), "context")
 
 
+@cache
+def _launch() -> Callable[..., int]:
+    call = _driver().cuLaunchKernel
+    call.argtypes = (c_void_p, *(c_uint,) * 7, c_void_p, c_void_p, c_void_p)
+    return call
+
+
 class Kernel:
     """A compiled kernel on one device.
 
@@ -180,16 +187,24 @@ class Kernel:
         self, grid: tuple[int, int, int], threads: int, *arguments: ctypes._SimpleCData | ctypes.Structure
     ) -> None:
         """Launch on the current stream."""
+        self.bind(threads, *arguments)(*grid)
+
+    def bind(self, threads: int, *arguments: ctypes._SimpleCData | ctypes.Structure) -> Callable[[int, int, int], None]:
+        """A function of the grid that launches on the stream that is current now, with the arguments as they are when
+        it is called: for many launches in a row.
+        """
         pointers = (c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        stream = c_void_p(torch.cuda.current_stream().cuda_stream)
-        _enter(torch.cuda.current_device())
-        _check(
-            _driver().cuLaunchKernel(
-                self._function, *(c_uint(n) for n in grid), c_uint(threads), 1, 1, c_uint(self.shared_bytes), stream,
-                pointers, None,
-            ),
-            "launch",
-        )  # fmt: skip
+        device = torch.cuda.current_device()
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _enter(device)
+        function, shared_bytes, call = self._function, self.shared_bytes, _launch()
+
+        def launch(x: int, y: int, z: int) -> None:
+            status = call(function, x, y, z, threads, 1, 1, shared_bytes, stream, pointers, None)
+            if status:
+                _check(status, "launch")
+
+        return launch
 
 
 class TensorMap(ctypes.Structure):

@@ -25,9 +25,9 @@ def compiler(monkeypatch, tmp_path):
 
 def build(file, caplog, change=("", ""), **defines):
     """Machine code of a kernel file for sm_90a, and what the compiler said; ``change`` is made in the headers."""
-    headers = {name: host._source(name).replace(*change) for name in HEADERS}
+    headers = {name: host.source(name).replace(*change) for name in HEADERS}
     with caplog.at_level(logging.INFO, logger="allears.ops.nvrtc"):
-        code = nvrtc.compile_cubin(host._source(file), file, headers, defines, flags=["--ptxas-options=-v"])
+        code = nvrtc.compile_cubin(host.source(file), file, headers, defines, flags=["--ptxas-options=-v"])
     return code, caplog.text
 
 

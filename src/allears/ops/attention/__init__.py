@@ -4,6 +4,28 @@ from allears.ops.attention.backend import Backend
 from allears.ops.attention.call import Facts
 from allears.ops.attention.dispatch import Choice, attention, backends, explain
 from allears.ops.attention.lowbit.options import LowBit
+from allears.ops.attention.sparse_linear import (
+    Blocks,
+    SparseLinear,
+    explain_sparse_linear,
+    sparse_linear_attention,
+)
+from allears.ops.attention.sparsity import Sparsity
 from allears.ops.attention.spec import AttentionSpec, Numerics
 
-__all__ = ["AttentionSpec", "Backend", "Choice", "Facts", "LowBit", "Numerics", "attention", "backends", "explain"]
+__all__ = [
+    "AttentionSpec",
+    "Backend",
+    "Blocks",
+    "Choice",
+    "Facts",
+    "LowBit",
+    "Numerics",
+    "SparseLinear",
+    "Sparsity",
+    "attention",
+    "backends",
+    "explain",
+    "explain_sparse_linear",
+    "sparse_linear_attention",
+]

@@ -37,16 +37,25 @@ def _never(facts: Facts, spec: AttentionSpec) -> str:
 
 _DENSE = (*sdpa_backends(), *flash4_backends(), Backend("reference", reference_attention, _never))
 _lowbit: dict[str, tuple[Backend, ...]] = {}
+_sparse: dict[str, tuple[Backend, ...]] = {}
 _PLAIN = AttentionSpec()
 _decisions: dict[tuple[AttentionSpec, Facts], Backend] = {}
 
 
-def backends(numerics: Numerics = "exact") -> tuple[Backend, ...]:
+def backends(numerics: Numerics = "exact", sparse: bool = False) -> tuple[Backend, ...]:
     """Every kernel of these numerics, in the order in which ``kernel="auto"`` tries them.
+
+    Args:
+        sparse: those that run a spec with ``sparse``.
 
     Raises:
         ValueError: this installation has no kernels for them.
     """
+    if sparse:
+        _load_sparse()
+        if numerics not in _sparse:
+            raise ValueError(f"numerics: {numerics!r} has no sparse kernels; there are some for {', '.join(_sparse)}")
+        return _sparse[numerics]
     if numerics == "exact":
         return _DENSE
     problem = _load_lowbit()
@@ -70,9 +79,20 @@ def _load_lowbit() -> str:
     return ""
 
 
+@torch.compiler.assume_constant_result
+def _load_sparse() -> None:
+    """Fill ``_sparse`` at its first use: the family imports this file."""
+    if not _sparse:
+        _sparse.update(import_module("allears.ops.attention.sparse_linear.training_free").BACKENDS)
+
+
+def _known(spec: AttentionSpec) -> tuple[Backend, ...]:
+    return backends(spec.numerics, spec.sparse is not None)
+
+
 def _order(facts: Facts, spec: AttentionSpec) -> list[Backend]:
     """As listed; where others would pad or make a mask, those that need none come first."""
-    known = backends(spec.numerics)
+    known = _known(spec)
     if facts.packed or (facts.causal and not facts.square and facts.mask == "none"):
         return [b for b in known if b.ragged] + [b for b in known if not b.ragged]
     return list(known)
@@ -80,13 +100,13 @@ def _order(facts: Facts, spec: AttentionSpec) -> list[Backend]:
 
 def _choose(facts: Facts, spec: AttentionSpec) -> Backend:
     if spec.kernel != "auto":
-        for backend in backends(spec.numerics):
+        for backend in _known(spec):
             if backend.name == spec.kernel:
                 reason = backend.objection(facts, spec)
                 if reason:
                     raise ValueError(f"kernel: {spec.kernel!r} cannot run this call: {reason}; or use kernel='auto'")
                 return backend
-        known = ", ".join([backend.name for backend in backends(spec.numerics)])
+        known = ", ".join([backend.name for backend in _known(spec)])
         raise ValueError(f"kernel: {spec.kernel!r} is unknown; known for {spec.numerics!r} are auto, {known}")
     for backend in _order(facts, spec):
         if not backend.objection(facts, spec):
@@ -179,7 +199,9 @@ def attention(
         more["mask"] = mask[(None,) * (4 - mask.dim())]
     if packing is not None:
         more.update(packing._asdict())
-    if spec.numerics != "exact":
+    if spec.sparse is not None:
+        more["options"] = spec.sparse
+    elif spec.numerics != "exact":
         more["options"] = spec.lowbit
     scale = spec.scale if spec.scale is not None else 1 / math.sqrt(q.shape[-1])
     return backend.run(q, k, v, causal=spec.causal, scale=scale, return_lse=return_lse, **more)

@@ -149,11 +149,11 @@ def triton_missing() -> str:
     """Why Triton's kernels cannot run here, or ``""``."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed: pip install 'allears[gpu]'"
-    return "" if torch.cuda.is_available() or _interpreted() else "no CUDA GPU answers"
+    return "" if torch.cuda.is_available() or interpreted() else "no CUDA GPU answers"
 
 
 @torch.compiler.assume_constant_result
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether Triton interprets its kernels on the CPU, as it does where TRITON_INTERPRET=1 is set."""
     if os.environ.get("TRITON_INTERPRET", "0") == "0":
         return False
@@ -206,7 +206,7 @@ def _refuses_hopper(facts: Facts, spec: AttentionSpec) -> str:
 
 
 def _refuses_triton(facts: Facts, spec: AttentionSpec) -> str:
-    if _interpreted():
+    if interpreted():
         reason = _refuses_interpreter(facts, spec)
     elif facts.device != "cuda" or facts.capability is None:
         reason = f"runs on CUDA GPUs; the tensors are on {facts.device}"

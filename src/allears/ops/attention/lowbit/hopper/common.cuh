@@ -113,8 +113,9 @@ DEVICE u32 pack_bytes(float a, float b, float c, float d) {  // integers + MAGIC
 
 // Bytes (tokens, D) in shared memory, rows of HEAD_DIM + 4, out as (D, tokens), the tokens of each 16 in the order in which a product's accumulator
 // fragment serves as the next one's 8-bit operand: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15. Item n of HEAD_DIM / 4 * TOKENS / 16.
-template <int TOKENS, int SIZE>
-DEVICE void store_across(const u8* tile, int n, u8* to, long long row_bytes) {
+// ``at(channel, c)``: where the 16 bytes of tokens 16 c and on go.
+template <int TOKENS, int SIZE, class At>
+DEVICE void store_across(const u8* tile, int n, At at_of) {
   int c = n % (TOKENS / 16), d = n / (TOKENS / 16) * 4;
   const u8* at = tile + 16 * c * (SIZE + 4) + d;
   u32 w[4][4];
@@ -129,7 +130,11 @@ DEVICE void store_across(const u8* tile, int n, u8* to, long long row_bytes) {
     w[3][i] = __byte_perm(ab_high, xy_high, 0x7632);
   }
 #pragma unroll
-  for (int i = 0; i < 4; i++) *(uint4*)(to + (d + i) * row_bytes + 16 * c) = make_uint4(w[i][0], w[i][1], w[i][2], w[i][3]);
+  for (int i = 0; i < 4; i++) *(uint4*)at_of(d + i, c) = make_uint4(w[i][0], w[i][1], w[i][2], w[i][3]);
+}
+template <int TOKENS, int SIZE>
+DEVICE void store_across(const u8* tile, int n, u8* to, long long row_bytes) {
+  store_across<TOKENS, SIZE>(tile, n, [=](int d, int c) { return to + d * row_bytes + 16 * c; });
 }
 
 // The 16-bit type of inputs and outputs: bfloat16, or float16 where IN_FP16 is set.

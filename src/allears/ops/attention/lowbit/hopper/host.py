@@ -38,15 +38,15 @@ class _ForwardParams(ctypes.Structure):
 
 
 @cache
-def _source(name: str) -> str:
+def source(name: str) -> str:
     return (_FOLDER / name).read_text()
 
 
 @cache
 def kernel(file: str, function: str, device: torch.device, shared_bytes: int, **defines: int) -> Kernel:
     """The compiled kernel ``function`` of ``file``."""
-    headers = {name: _source(name) for name in ("common.cuh", "mma.cuh")}
-    return Kernel(compile_cubin(_source(file), file, headers, defines), function, device, shared_bytes)
+    headers = {name: source(name) for name in ("common.cuh", "mma.cuh")}
+    return Kernel(compile_cubin(source(file), file, headers, defines), function, device, shared_bytes)
 
 
 class QuantisedKV(NamedTuple):

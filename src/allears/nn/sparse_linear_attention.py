@@ -1,0 +1,283 @@
+"""Sparse-linear attention that learns which blocks to read and how to mix its two branches (SLA2, arXiv 2602.12675).
+
+Each block of queries reads its best key blocks exactly; all others reach it through linear attention. A router picks
+the blocks from pooled, projected queries and keys; a ratio says how much attention mass the picked blocks have.
+
+Training has two stages (section 5 of the paper). ``stage="soft"``: router and ratio are fitted to recorded q, k, v of
+a dense model, through a differentiable map. ``stage="hard"``: the map is the top-k one that inference uses, the router
+is frozen, and the model around it trains. The stage is set by hand; ``train()`` and ``eval()`` do not change it.
+
+Shapes: B batch, L_q queries, L_k keys, H query heads, G key/value heads, D head size, N_q and N_k their blocks.
+"""
+
+import json
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from allears.core.errors import WeightsError
+from allears.ops.attention import AttentionSpec, attention
+from allears.ops.attention.sparse_linear import SparseLinear, Statistics, fused_statistics, sparse_linear_attention
+from allears.ops.attention.sparse_linear.blocks import Blocks, Geometry
+from allears.ops.attention.sparse_linear.routers import (
+    block_scores,
+    pool_blocks,
+    pools,
+    select_top_k,
+    sla_blocks,
+)
+from allears.ops.attention.sparse_linear.soft_reference import soft_map, soft_sparse_linear
+
+Stage = Literal["soft", "hard"]
+_STATE_BYTES = 512
+_LOWEST_RATIO = 0.01
+
+
+class BlockRouter(nn.Module):
+    """Scores of key blocks for query blocks: scale * (P_q mean q) . (P_k mean k), with a P for each head.
+
+    The projections start as the identity, which is the router of SLA (arXiv 2509.24006) and SpargeAttn.
+
+    Args:
+        heads, head_dim: H and D.
+        kv_heads: G; ``None``: G = H.
+    """
+
+    def __init__(self, heads: int, head_dim: int, kv_heads: int | None = None) -> None:
+        super().__init__()
+        self.proj_q = nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1))
+        self.proj_k = nn.Parameter(torch.eye(head_dim).repeat(kv_heads or heads, 1, 1))
+
+    def forward(self, q_pool: Tensor, k_pool: Tensor, scale: float) -> Tensor:
+        """q_pool (B, H, N_q, D), k_pool (B, G, N_k, D) of smoothed keys, to logits (B, H, N_q, N_k) in float32."""
+        with torch.autocast(q_pool.device.type, enabled=False):
+            q = torch.einsum("bhnd,hde->bhne", q_pool.float(), self.proj_q.float())
+            k = torch.einsum("bhnd,hde->bhne", k_pool.float(), self.proj_k.float())
+            return block_scores(q, k, scale)
+
+
+class MixingRatio(nn.Module):
+    """The share of the exact branch, in (0, 1): a logit a head, and, if asked for, a linear form of the pooled query.
+
+    Args:
+        heads, head_dim: H and D.
+        of_query: let the ratio depend on the block of queries (the paper leaves the shape open: N, N / block or less).
+        start: the ratio at the beginning.
+    """
+
+    def __init__(self, heads: int, head_dim: int, of_query: bool = False, start: float = 0.9) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.logit(torch.full((heads,), start)))
+        self.weight = nn.Parameter(torch.zeros(heads, head_dim)) if of_query else None
+
+    def forward(self, q_pool: Tensor | None = None) -> Tensor:
+        """(1, H, 1), or from q_pool (B, H, N_q, D) the ratio of each block (B, H, N_q), in float32.
+
+        Raises:
+            ValueError: the ratio depends on the query and there is none.
+        """
+        logit = self.logit.float()[None, :, None]
+        if self.weight is None:
+            return torch.sigmoid(logit)
+        if q_pool is None:
+            raise ValueError("q_pool: None given, but this ratio depends on the query; give the pooled queries")
+        return torch.sigmoid(logit + (q_pool.float() * self.weight.float()[None, :, None]).sum(-1))
+
+    @torch.no_grad()
+    def set(self, ratio: Tensor) -> None:
+        """Start from a ratio a head (H,), brought into 0.01 to 0.99."""
+        self.logit.copy_(torch.logit(ratio.float().clamp(_LOWEST_RATIO, 1 - _LOWEST_RATIO)))
+        if self.weight is not None:
+            self.weight.zero_()
+
+
+class SparseLinearAttention(nn.Module):
+    """q (B, L_q, H, D), k and v (B, L_k, G, D), after projections and positions, to (B, L_q, H, D).
+
+    Blocks, keep, form and feature map are part of its state: a checkpoint of others is refused, since a router that was
+    trained for other blocks picks the wrong ones.
+
+    Args:
+        heads, head_dim: H and D.
+        keep: share of the key blocks that a query block reads exactly, in (0, 1]; at least one is read.
+        options: form, block sizes, feature map, numbers; see :class:`SparseLinear`. The form ``sla`` (the paper's SLA,
+            for comparison) has no router to train and no ratio, but a projection of the linear branch that starts at 0;
+            ``sparse`` has a router alone.
+        kv_heads: G; ``None``: G = H.
+        causal: a query sees itself and what came before.
+        scale: factor on the logits; ``None``: 1 / sqrt(D).
+        ratio_of_query: see :class:`MixingRatio`.
+        skip: of the form ``sla``: share of key blocks that neither branch reads.
+        temperature: of the soft map.
+        kernel: see :func:`sparse_linear_attention`.
+
+    Raises:
+        ValueError: ``keep`` is not in (0, 1].
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        keep: float = 0.05,
+        options: SparseLinear | None = None,
+        *,
+        kv_heads: int | None = None,
+        causal: bool = False,
+        scale: float | None = None,
+        ratio_of_query: bool = False,
+        skip: float = 0.1,
+        temperature: float = 0.1,
+        kernel: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep: {keep} given; wanted a share of the key blocks in (0, 1]")
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, head_dim
+        self.keep, self.skip, self.temperature, self.kernel = keep, skip, temperature, kernel
+        self.options = options or SparseLinear()
+        self.causal, self.scale = causal, head_dim**-0.5 if scale is None else scale
+        self.router = BlockRouter(heads, head_dim, kv_heads) if self.options.form != "sla" else None
+        self.ratio = MixingRatio(heads, head_dim, ratio_of_query) if self.options.form == "sla2" else None
+        self.proj = nn.Linear(head_dim, head_dim) if self.options.form == "sla" else None
+        if self.proj is not None:
+            nn.init.zeros_(self.proj.weight)
+            nn.init.zeros_(self.proj.bias)
+        self.stage: Stage = "hard"
+        self.set_stage("hard")
+
+    def set_stage(self, stage: Stage) -> None:
+        """``soft``: fit router and ratio on recorded q, k, v. ``hard``: tune the model, or infer; the router is frozen.
+
+        Raises:
+            ValueError: neither.
+        """
+        if stage not in get_args(Stage):
+            raise ValueError(f"stage: {stage!r} given; wanted 'soft' (fit the router) or 'hard' (top-k map)")
+        self.stage = stage
+        if self.router is not None:
+            self.router.requires_grad_(stage == "soft")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend. In the soft stage it computes in full precision, whatever ``options.precision``, and costs memory and
+        time of L_q * L_k: give it some blocks of queries at a time.
+
+        Raises:
+            ValueError: a mask is given; or what :func:`sparse_linear_attention` refuses.
+        """
+        if mask is not None:
+            raise ValueError("mask: given, but sparse-linear attention takes none; leave this layer dense")
+        if self.stage == "soft" and self.router is not None:
+            return self._attend_softly(q, k, v)
+        trains = self.ratio is not None and self.ratio.logit.requires_grad
+        found = fused_statistics(q, k, v, self.options, trains=trains, causal=self.causal, kernel=self.kernel)
+        return self.attend(q, k, v, self.route(q, k, found), found)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, statistics: Statistics | None = None) -> Tensor:
+        """Attend with these blocks, whatever the stage; ``statistics`` as ``fused_statistics`` gives them."""
+        proj = None if self.proj is None else (self.proj.weight, self.proj.bias)
+        return sparse_linear_attention(
+            q,
+            k,
+            v,
+            blocks,
+            self._ratio(q, statistics),
+            self.options,
+            proj=proj,
+            causal=self.causal,
+            scale=self.scale,
+            kernel=self.kernel,
+            statistics=statistics,
+        )
+
+    @torch.no_grad()
+    def route(self, q: Tensor, k: Tensor, statistics: Statistics | None = None) -> Blocks:
+        """The blocks that the router picks: its best ones, ``keep`` of those that can be seen."""
+        geometry = self.geometry(q, k)
+        scores = self.scores(q, k, statistics)
+        if self.options.form == "sla":
+            return sla_blocks(scores, self.keep, self.skip, geometry=geometry)
+        return select_top_k(scores, self.keep, geometry=geometry)
+
+    def scores(self, q: Tensor, k: Tensor, statistics: Statistics | None = None) -> Tensor:
+        """The router's logits (B, H, N_q, N_k) in float32; without a router those of the pooled q and k."""
+        if statistics is None:
+            q_pool, k_pool = pools(q, k, self.options, causal=self.causal)
+        else:
+            q_pool, k_pool = statistics.q_pool, statistics.k_pool - statistics.k_mean[:, :, None]
+        if self.router is None:
+            return block_scores(q_pool, k_pool, self.scale)
+        return self.router(q_pool, k_pool, self.scale)
+
+    @torch.no_grad()
+    def mass(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention mass of the picked blocks for each query, (B, H, L_q) float32 in [0, 1]; NaN without a key."""
+        q, k, v = (x.float() for x in (q, k, v))
+        options = SparseLinear(form="sparse", block_q=self.options.block_q, block_k=self.options.block_k)
+        _, of_picked = sparse_linear_attention(
+            q, k, v, self.route(q, k), options=options, causal=self.causal, scale=self.scale, return_lse=True
+        )
+        _, of_all = attention(q, k, v, AttentionSpec(causal=self.causal, scale=self.scale), return_lse=True)
+        return (of_picked - of_all).exp().clamp(max=1.0)
+
+    def init_from(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Start the ratio of each head at the mass that the picked blocks have on these q, k, v, meaned over rows.
+
+        Raises:
+            ValueError: this form has no ratio.
+        """
+        if self.ratio is None:
+            raise ValueError(f"form: {self.options.form!r} has no ratio to start; use form='sla2'")
+        self.ratio.set(self.mass(q, k, v).nanmean((0, 2)))
+
+    def get_extra_state(self) -> Tensor:
+        """What must be alike where the state is loaded, as JSON in bytes: a tensor, so that safetensors holds it."""
+        text = json.dumps(self._identity()).encode()
+        return torch.tensor(list(text.ljust(_STATE_BYTES)), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Compare with a checkpoint's.
+
+        Raises:
+            WeightsError: it was trained with other blocks, keep, form or feature map.
+        """
+        found = json.loads(bytes(state.tolist()))
+        for name, wanted in self._identity().items():
+            if found.get(name) != wanted:
+                raise WeightsError(
+                    f"sparse-linear attention: the checkpoint was trained with {name}={found.get(name)!r}, this module "
+                    f"has {name}={wanted!r}; build it with the checkpoint's"
+                )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._identity().items())
+
+    def _identity(self) -> dict[str, Any]:
+        options = self.options
+        facts: dict[str, Any] = {
+            "form": options.form,
+            "block_q": options.block_q,
+            "block_k": options.block_k,
+            "keep": self.keep,
+            "feature_map": options.feature_map,
+            "smooth_k": options.smooth_k,
+            "causal": self.causal,
+        }
+        return facts | ({"skip": self.skip} if options.form == "sla" else {})
+
+    def geometry(self, q: Tensor, k: Tensor) -> Geometry:
+        return Geometry(q.shape[1], k.shape[1], self.options.block_q, self.options.block_k, self.causal)
+
+    def _ratio(self, q: Tensor, statistics: Statistics | None = None) -> Tensor | None:
+        if self.ratio is None:
+            return None
+        if self.ratio.weight is None:
+            return self.ratio()
+        return self.ratio(pool_blocks(q, self.options.block_q) if statistics is None else statistics.q_pool)
+
+    def _attend_softly(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        soft = soft_map(self.scores(q, k), self.keep, geometry=self.geometry(q, k), temperature=self.temperature)
+        options = replace(self.options, precision="exact")
+        return soft_sparse_linear(q, k, v, soft, self._ratio(q), options, causal=self.causal, scale=self.scale)

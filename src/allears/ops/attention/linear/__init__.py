@@ -1,0 +1,1 @@
+"""Focused linear attention: time and memory that grow with the length, not with its square."""

@@ -1,0 +1,261 @@
+#include "common.cuh"
+
+// What sparse-linear attention needs of Q, K and V before its main kernel, for a head size of 128.
+//
+// statistics: means of Q over blocks of 128 tokens and of K over blocks of 64 (for the router), the mean of K over all tokens, the largest |V| of
+// each channel. quantise: K - mean to INT8, one scale per block of 64 tokens; softmax over the channels of K - mean, and V, to E4M3, across
+// (channels, tokens), with the tokens of each 16 in operand order (store_across in common.cuh). Everything is deterministic.
+//
+// Defined by the host: HEAD_DIM (128), IN_FP16.
+
+#define CHUNKS (HEAD_DIM / 8)  // 16-byte chunks of a row
+#define PART 512               // tokens of a block of threads in statistics
+#define LANES 16               // rows at once there
+#define LOG2E 1.44269504088896f
+
+struct Params {
+  const void* q;     // (B, L_q, H, D), last stride 1
+  const void* k;     // (B, L_k, G, D)
+  const void* v;
+  float* q_pool;     // (B, H, N_q, D)
+  float* k_pool;     // (B, G, N_k, D)
+  float* k_mean;     // (B, G, D)
+  int* v_max;        // (B, G, D), bits of a float >= 0, zero at launch
+  float* partial;    // (B, G, parts, D)
+  int* done;         // (B, G), zero at launch
+  u8* records;       // (B, G, N_k, 3, 64 * D): K8 (tokens, channels), phi(K)8 and V8 (channels, tokens), swizzled as the products read them
+  float* k_scale;    // (B, G, N_k)
+  // quantise takes ``groups`` key heads from ``first_group`` of ``all_groups`` on, of which records and k_scale know no others
+  long long q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head;
+  int heads, groups, queries, keys, q_blocks, k_blocks, q_parts, k_parts, smooth, first_group, all_groups;
+};
+
+DEVICE void add_row(float (&sum)[8], uint4 x) {
+  u32 w[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float lo, hi;
+    unpack16(w[i], lo, hi);
+    sum[2 * i] += lo;
+    sum[2 * i + 1] += hi;
+  }
+}
+
+DEVICE void max_row(float (&top)[8], uint4 x) {
+  u32 w[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float lo, hi;
+    unpack16(w[i], lo, hi);
+    top[2 * i] = max_nan(top[2 * i], fabsf(lo));
+    top[2 * i + 1] = max_nan(top[2 * i + 1], fabsf(hi));
+  }
+}
+
+// Sums of ``rows`` rows from ``first`` on in each of the PART / ROWS blocks of a part, to means; the part's own sum into total.
+template <int ROWS>
+DEVICE void pool(const u16* x, long long stride, int first, int length, float* to, float (&sums)[LANES][HEAD_DIM + 4], float& total) {
+  int chunk = threadIdx.x % CHUNKS, lane = threadIdx.x / CHUNKS;
+  for (int block = 0; block < PART / ROWS; block++) {
+    int start = first + block * ROWS;
+    if (start >= length) return;
+    float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    uint4 raw[ROWS / LANES];
+#pragma unroll
+    for (int n = 0; n < ROWS / LANES; n++) {
+      int r = start + lane + n * LANES;
+      raw[n] = r < length ? __ldg((const uint4*)(x + r * stride + chunk * 8)) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int n = 0; n < ROWS / LANES; n++) add_row(sum, raw[n]);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; i++) *(float4*)&sums[lane][chunk * 8 + 4 * i] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
+    __syncthreads();
+    if (threadIdx.x < HEAD_DIM) {
+      float all = 0.0f;
+#pragma unroll
+      for (int r = 0; r < LANES; r++) all += sums[r][threadIdx.x];
+      to[(long long)(start / ROWS) * HEAD_DIM + threadIdx.x] = all / (float)min(ROWS, length - start);
+      total += all;
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256) statistics(const __grid_constant__ Params p) {
+  __shared__ float sums[LANES][HEAD_DIM + 4];
+  __shared__ int last;
+  int part = blockIdx.x, head = blockIdx.y, b = blockIdx.z;
+  float total = 0.0f;
+  if (head < p.heads) {
+    if (part >= p.q_parts) return;
+    const u16* q = (const u16*)p.q + b * p.q_batch + head * p.q_head;
+    pool<128>(q, p.q_row, part * PART, p.queries, p.q_pool + (long long)(b * p.heads + head) * p.q_blocks * HEAD_DIM, sums, total);
+    return;
+  }
+  int g = head - p.heads, row = b * p.groups + g;
+  if (part >= p.k_parts) return;
+  int chunk = threadIdx.x % CHUNKS, lane = threadIdx.x / CHUNKS;
+  const u16* v = (const u16*)p.v + b * p.v_batch + g * p.v_head;
+  float top[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+#pragma unroll 8
+  for (int n = 0; n < PART / LANES; n++) {
+    int r = part * PART + lane + n * LANES;
+    if (r < p.keys) max_row(top, __ldg((const uint4*)(v + r * p.v_row + chunk * 8)));
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i++) sums[lane][chunk * 8 + i] = top[i];
+  __syncthreads();
+  if (threadIdx.x < HEAD_DIM) {
+    float all = 0.0f;
+    for (int r = 0; r < LANES; r++) all = max_nan(all, sums[r][threadIdx.x]);
+    atomicMax(p.v_max + row * HEAD_DIM + threadIdx.x, __float_as_int(all) & 0x7fffffff);  // NaN is above everything
+  }
+  const u16* k = (const u16*)p.k + b * p.k_batch + g * p.k_head;
+  pool<64>(k, p.k_row, part * PART, p.keys, p.k_pool + (long long)row * p.k_blocks * HEAD_DIM, sums, total);
+  if (threadIdx.x < HEAD_DIM) {
+    p.partial[((long long)row * p.k_parts + part) * HEAD_DIM + threadIdx.x] = total;
+    __threadfence();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(p.done + row, 1) == p.k_parts - 1;
+  __syncthreads();
+  if (last && threadIdx.x < HEAD_DIM) {
+    __threadfence();
+    float all = 0.0f;
+#pragma unroll 8
+    for (int i = 0; i < p.k_parts; i++) all += __ldcg(p.partial + ((long long)row * p.k_parts + i) * HEAD_DIM + threadIdx.x);
+    p.k_mean[row * HEAD_DIM + threadIdx.x] = p.smooth ? all / (float)p.keys : 0.0f;
+  }
+}
+
+#define TOKENS 128
+#define RECORD (3 * 64 * HEAD_DIM)
+#define THREADS 512
+#define AT_ONCE (THREADS / CHUNKS)   // 32 rows
+#define EACH (TOKENS / AT_ONCE)      // 4 rows of a thread: two of each block of 64
+
+DEVICE float half_warp_max(float x) {
+#pragma unroll
+  for (int d = 8; d; d >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+  return x;
+}
+DEVICE float half_warp_sum(float x) {
+#pragma unroll
+  for (int d = 8; d; d >>= 1) x += __shfl_xor_sync(0xffffffffu, x, d);
+  return x;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) quantise(const __grid_constant__ Params p) {
+  __shared__ float tops[2][THREADS / 32];
+  __shared__ alignas(16) u8 phi_tile[TOKENS * (HEAD_DIM + 4)];
+  __shared__ alignas(16) u8 v_tile[TOKENS * (HEAD_DIM + 4)];
+  int first = blockIdx.x * TOKENS, g = blockIdx.y, b = blockIdx.z, row = b * p.groups + g, all = b * p.all_groups + p.first_group + g;
+  int chunk = threadIdx.x % CHUNKS, r0 = threadIdx.x / CHUNKS;
+  const u16* k = (const u16*)p.k + b * p.k_batch + (p.first_group + g) * p.k_head;
+  const u16* v = (const u16*)p.v + b * p.v_batch + (p.first_group + g) * p.v_head;
+  uint4 raw[EACH];
+#pragma unroll
+  for (int n = 0; n < EACH; n++) {
+    int r = first + r0 + n * AT_ONCE;
+    bool inside = r < p.keys;
+    raw[n] = inside ? __ldg((const uint4*)(k + r * p.k_row + chunk * 8)) : make_uint4(0, 0, 0, 0);
+  }
+  float m[8], x[EACH][8], top[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    float4 y = __ldg((const float4*)(p.k_mean + all * HEAD_DIM + chunk * 8) + i);
+    m[4 * i] = y.x, m[4 * i + 1] = y.y, m[4 * i + 2] = y.z, m[4 * i + 3] = y.w;
+  }
+#pragma unroll
+  for (int n = 0; n < EACH; n++) {
+    bool inside = first + r0 + n * AT_ONCE < p.keys;
+    u32 w[4] = {raw[n].x, raw[n].y, raw[n].z, raw[n].w};
+    float most = -INFINITY_F;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      unpack16(w[i], x[n][2 * i], x[n][2 * i + 1]);
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        float y = inside ? x[n][2 * i + e] - m[2 * i + e] : 0.0f;
+        x[n][2 * i + e] = y;
+        top[n / 2] = max_nan(top[n / 2], fabsf(y));
+        most = fmaxf(most, y);
+      }
+    }
+    most = half_warp_max(most) * LOG2E;
+    float e[8], sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      e[i] = exp2_fast(fmaf(x[n][i], LOG2E, -most));
+      sum += e[i];
+    }
+    sum = half_warp_sum(sum);
+    float inverse = inside ? 448.0f / sum : 0.0f;
+    u32* to = (u32*)(phi_tile + (r0 + n * AT_ONCE) * (HEAD_DIM + 4) + chunk * 8);
+    to[0] = pack_e4m3(e[0] * inverse, e[1] * inverse, e[2] * inverse, e[3] * inverse);
+    to[1] = pack_e4m3(e[4] * inverse, e[5] * inverse, e[6] * inverse, e[7] * inverse);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+#pragma unroll
+    for (int d = 16; d; d >>= 1) top[half] = max_nan(top[half], __shfl_xor_sync(0xffffffffu, top[half], d));
+    if (threadIdx.x % 32 == 0) tops[half][threadIdx.x / 32] = top[half];
+  }
+#pragma unroll
+  for (int n = 0; n < EACH; n++) {
+    int r = first + r0 + n * AT_ONCE;
+    raw[n] = r < p.keys ? __ldg((const uint4*)(v + r * p.v_row + chunk * 8)) : make_uint4(0, 0, 0, 0);
+  }
+  float inverse_v[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    float most = __int_as_float(__ldg(p.v_max + all * HEAD_DIM + chunk * 8 + i));
+    inverse_v[i] = most == 0.0f ? 0.0f : 448.0f / most;
+  }
+#pragma unroll
+  for (int n = 0; n < EACH; n++) {
+    u32 w[4] = {raw[n].x, raw[n].y, raw[n].z, raw[n].w};
+    float y[8];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      unpack16(w[i], y[2 * i], y[2 * i + 1]);
+      y[2 * i] *= inverse_v[2 * i];
+      y[2 * i + 1] *= inverse_v[2 * i + 1];
+    }
+    u32* to = (u32*)(v_tile + (r0 + n * AT_ONCE) * (HEAD_DIM + 4) + chunk * 8);
+    to[0] = pack_e4m3(y[0], y[1], y[2], y[3]);
+    to[1] = pack_e4m3(y[4], y[5], y[6], y[7]);
+  }
+  __syncthreads();
+  float scale[2], inverse[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float most = tops[half][0];
+    for (int i = 1; i < THREADS / 32; i++) most = max_nan(most, tops[half][i]);
+    scale[half] = most / 127.0f;
+    inverse[half] = scale[half] == 0.0f ? 0.0f : 1.0f / scale[half];
+  }
+  if (threadIdx.x < 2) {
+    int block = 2 * blockIdx.x + threadIdx.x;
+    if (block < p.k_blocks) p.k_scale[row * p.k_blocks + block] = scale[threadIdx.x];
+  }
+  u8* to = p.records + ((long long)row * p.k_blocks + 2 * blockIdx.x) * RECORD;
+  int blocks = min(2, p.k_blocks - 2 * (int)blockIdx.x);
+#pragma unroll
+  for (int n = 0; n < EACH; n++) {
+    if (n / 2 >= blocks) break;
+    float y[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) y[i] = fmaf(x[n][i], inverse[n / 2], MAGIC);
+    *(uint2*)(to + n / 2 * RECORD + chunk_offset<128>(r0 + n % 2 * AT_ONCE, chunk / 2) + chunk % 2 * 8) =
+        make_uint2(pack_bytes(y[0], y[1], y[2], y[3]), pack_bytes(y[4], y[5], y[6], y[7]));
+  }
+  for (int n = threadIdx.x; n < 2 * HEAD_DIM / 4 * (TOKENS / 16); n += THREADS) {
+    int which = n / (HEAD_DIM / 4 * (TOKENS / 16)), item = n % (HEAD_DIM / 4 * (TOKENS / 16));
+    if (item % (TOKENS / 16) / 4 >= blocks) continue;
+    store_across<TOKENS, HEAD_DIM>(which ? v_tile : phi_tile, item, [=](int d, int c) {
+      return to + c / 4 * RECORD + (1 + which) * (64 * HEAD_DIM) + chunk_offset<64>(d, c % 4);
+    });
+  }
+}
