@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -9,6 +10,9 @@ from allears.bench.attention.settings import Settings
 
 from . import results
 from .registry import case
+
+if TYPE_CHECKING:
+    from allears.bench.attention.run import Report
 
 
 @case("attention")
@@ -28,9 +32,13 @@ class AttentionCase:
     """The commit that is measured, for a copy of the files without their repository."""
 
     def run(self) -> int:
-        from allears.bench.attention.show import run_and_show
-
-        report = run_and_show(self.settings, self.results_folder / f"{self.name}.png")
+        report = self.report(self.results_folder / f"{self.name}.png")
         path = results.write(self.name, report.rows, report.notes, self.results_folder, self.commit)
         print(f"written: {path}")
         return 0
+
+    def report(self, figure_path: Path) -> "Report":
+        """Measure, show, and draw the figure."""
+        from allears.bench.attention.show import run_and_show
+
+        return run_and_show(self.settings, figure_path)

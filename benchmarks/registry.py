@@ -25,7 +25,17 @@ Make = Callable[..., Any]
 
 CASES: dict[str, type] = {}
 SYSTEMS: dict[str, dict[str, "System"]] = {}
-_CASE_MODULES = ("enhance", "enhance_ablation", "enhance_speed", "attention", "sagebwd_pretrain", "nvfp4")
+_CASE_MODULES = (
+    "enhance",
+    "enhance_ablation",
+    "enhance_speed",
+    "attention",
+    "sparse_attention",
+    "linear_attention",
+    "sagebwd_pretrain",
+    "nvfp4",
+    "sla2_quality",
+)
 
 
 class NotInstalledError(ImportError):

@@ -274,19 +274,19 @@ def test_a_broken_gpu_ends_the_run_and_keeps_what_was_measured(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("an illegal memory access")
 
-    runner = run._Runner(CPU, {}, run.Report(), 0, True)
+    runner = run.Runner(CPU, {}, run.Report(), 0, True)
     runner.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
-    with pytest.raises(run._BrokenContextError, match="broken after RuntimeError: an illegal memory access"):
-        runner._attempt(broken)
-    real = run._Runner.run
+    with pytest.raises(run.BrokenContextError, match="broken after RuntimeError: an illegal memory access"):
+        runner.attempt(broken)
+    real = run.Runner.run
 
     def run_one(self, case):
         if case.mode == "fwd+bwd":
-            raise run._BrokenContextError("the GPU is gone")
+            raise run.BrokenContextError("the GPU is gone")
         real(self, case)
 
-    monkeypatch.setattr(run._Runner, "run", run_one)
+    monkeypatch.setattr(run.Runner, "run", run_one)
     report = measure(monkeypatch, system(), cases=("fwd 1x40x2x16", "fwd+bwd 1x40x2x16", "bwd 1x40x2x16"))
     assert "stopped: the GPU is gone; left out: bwd 1x40x2x16" in report.notes
     assert {r["case"] for r in report.rows} == {"fwd 1x40x2x16"}

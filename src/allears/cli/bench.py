@@ -1,18 +1,49 @@
 """``allears bench``: measure the library on this machine, beside the other packages found installed."""
 
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import tyro
 
 from allears import __version__
 from allears.bench.attention.settings import Settings
+from allears.bench.linear.settings import Settings as LinearSettings
+from allears.bench.sparse.settings import Settings as SparseSettings
+
+if TYPE_CHECKING:
+    from allears.bench.attention.run import Report
 
 
 @dataclass
-class Attention:
+class Bench(ABC):
+    """What every benchmark has: a folder, and what it writes there."""
+
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")] = Path("out/bench")
+    """Folder of the results."""
+
+    name: ClassVar[str]
+
+    def run(self) -> int:
+        from allears.bench.results import write_document
+
+        report = self.report(self.out / f"{self.name}.png")
+        command = "allears bench " + " ".join(sys.argv[2:])
+        path = write_document(
+            self.out / f"{self.name}.json", report.rows, report.notes, command.strip(), f"allears {__version__}"
+        )
+        print(f"written: {path}")
+        return 0
+
+    @abstractmethod
+    def report(self, figure_path: Path) -> "Report":
+        """Measure, show, and draw the figure."""
+
+
+@dataclass
+class Attention(Bench):
     """Time attention and its gradients beside torch's kernels, and flash-attn-4 and SageAttention where installed.
 
     Each is first compared with float32; one that is wrong gets no speed. Writes attention.json and attention.png.
@@ -21,21 +52,51 @@ class Attention:
     """
 
     settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
+    name: ClassVar[str] = "attention"
 
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")] = Path("out/bench")
-    """Folder of the results."""
-
-    def run(self) -> int:
+    def report(self, figure_path: Path) -> "Report":
         from allears.bench.attention.show import run_and_show
-        from allears.bench.results import write_document
 
-        report = run_and_show(self.settings, self.out / "attention.png")
-        command = "allears bench " + " ".join(sys.argv[2:])
-        path = write_document(
-            self.out / "attention.json", report.rows, report.notes, command.strip(), f"allears {__version__}"
-        )
-        print(f"written: {path}")
-        return 0
+        return run_and_show(self.settings, figure_path)
 
 
-COMMANDS = {"attention": Attention}
+@dataclass
+class Sparse(Bench):
+    """Time sparse-linear attention, whole modules at several sparsities, beside dense kernels and SLA where installed.
+
+    Each is first compared with its own formula; one that is wrong gets no speed. Writes sparse_attention.json and .png.
+    For instance "allears bench sparse", "allears bench sparse --quick", or
+    "allears bench sparse --cases 'fwd 1x32760x12x128 s0.97' --systems allears-sla2 fa2".
+    """
+
+    settings: tyro.conf.OmitArgPrefixes[SparseSettings] = field(default_factory=SparseSettings)
+    name: ClassVar[str] = "sparse_attention"
+
+    def report(self, figure_path: Path) -> "Report":
+        from allears.bench.attention.show import run_and_show
+        from allears.bench.sparse import figure
+        from allears.bench.sparse.run import measure
+
+        return run_and_show(self.settings, figure_path, measure, figure.draw)
+
+
+@dataclass
+class Linear(Bench):
+    """Time focused linear attention from 1k to 1M tokens, beside its reference and dense attention.
+
+    It is first compared with the reference. Bandwidth is held against that of a copy in the same run. Writes
+    linear_attention.json and .png. For instance "allears bench linear" or "allears bench linear --lengths 65536".
+    """
+
+    settings: tyro.conf.OmitArgPrefixes[LinearSettings] = field(default_factory=LinearSettings)
+    name: ClassVar[str] = "linear_attention"
+
+    def report(self, figure_path: Path) -> "Report":
+        from allears.bench.attention.show import run_and_show
+        from allears.bench.linear import figure
+        from allears.bench.linear.run import measure
+
+        return run_and_show(cast(Any, self.settings), figure_path, measure, figure.draw)
+
+
+COMMANDS = {"attention": Attention, "sparse": Sparse, "linear": Linear}

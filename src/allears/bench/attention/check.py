@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Verdict:
 
 
 def check(
-    system: System,
+    system: System[Any],
     attend: Attend,
     inputs: Inputs,
     causal: bool,

@@ -33,14 +33,14 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, subtitle: str = "") -> P
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(modes), 2, squeeze=False)
     names = list(dict.fromkeys(name for key, points in series.items() if key[0] in modes for name in points))
-    styles = _styles(names)
+    style = line_styles(names)
     for line, mode in zip(axes, modes, strict=True):
         error, tensor = _ERRORS[mode]
         for axis, metric, label in zip(
             line, ("tflops", error), ("TFLOP/s", f"relative L2 error of {tensor}"), strict=True
         ):
             for name, points in series.get((mode, metric), {}).items():
-                axis.plot(list(points), list(points.values()), label=name, **styles[name])
+                axis.plot(list(points), list(points.values()), label=name, **style[name])
             axis.set(title=f"{_TITLES[mode]}: {label}", xlabel="length (tokens)")
             _length_ticks(axis, sorted({x for points in series.get((mode, metric), {}).values() for x in points}))
             axis.grid(True, alpha=0.3)
@@ -89,7 +89,7 @@ def _modes(series: Mapping[tuple[str, str], Points]) -> list[str]:
     return [mode for mode in MODES if len(lengths[mode]) > 1] or [mode for mode in MODES if lengths[mode]]
 
 
-def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def line_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     ours = [name for name in names if name.startswith("allears")]
     peers = [name for name in names if name not in ours]
     styles: dict[str, dict[str, Any]] = {}

@@ -58,8 +58,8 @@ def sample_output(inputs: Inputs, causal: bool, seed: int = 0) -> OutputSample:
     between = torch.randperm(length, generator=generator)[: _ROWS - 2]
     rows = torch.cat([between, torch.tensor([0, length - 1])]).unique().to(device)
     exact = {}
-    with _full_precision():
-        for b, h in _picked(batch, heads, _HEADS, generator):
+    with full_precision():
+        for b, h in picked(batch, heads, _HEADS, generator):
             k, v = inputs.k[b, :, h // share].float(), inputs.v[b, :, h // share].float()
             probs = _probabilities(inputs.q[b, rows, h].float(), k, rows, causal)
             exact[b, h] = probs @ v
@@ -73,8 +73,8 @@ def sample_gradients(inputs: Inputs, causal: bool, seed: int = 0) -> GradientSam
     share = heads // kv_heads
     generator = torch.Generator().manual_seed(seed)
     exact = {}
-    with _full_precision():
-        for b, g in _picked(batch, kv_heads, _GRADIENT_HEADS, generator):
+    with full_precision():
+        for b, g in picked(batch, kv_heads, _GRADIENT_HEADS, generator):
             own = slice(g * share, (g + 1) * share)
             exact[b, g] = _head_gradients(
                 inputs.q[b, :, own], inputs.k[b, :, g], inputs.v[b, :, g], inputs.grad[b, :, own], causal
@@ -110,7 +110,7 @@ def _probabilities(q: Tensor, k: Tensor, rows: Tensor, causal: bool) -> Tensor:
     return logits.softmax(-1)
 
 
-def _picked(batch: int, heads: int, count: int, generator: torch.Generator) -> list[tuple[int, int]]:
+def picked(batch: int, heads: int, count: int, generator: torch.Generator) -> list[tuple[int, int]]:
     chosen = torch.randperm(batch * heads, generator=generator)[:count].tolist()
     return [divmod(index, heads) for index in chosen]
 
@@ -121,7 +121,7 @@ def _rel_err(got: list[Tensor], exact: list[Tensor] | tuple[Tensor, ...]) -> flo
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Float32 products without TF32, whatever the process has set."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -1,9 +1,8 @@
 """Runs cases x systems: every system of a shape is checked, and those that are right are timed in turn."""
 
 import logging
-import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,7 @@ from allears.bench.attention.peers import UnavailableError, add_folders
 from allears.bench.attention.reference import GradientSample, OutputSample, sample_gradients, sample_output
 from allears.bench.attention.settings import Settings
 from allears.bench.attention.systems import Attend, Machine, Ours, System
-from allears.bench.timing import Stopwatch
+from allears.bench.timing import Stopwatch, Timing
 from allears.core.device import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ class Report:
         self.notes.append(text)
 
 
-class _BrokenContextError(Exception):
+class BrokenContextError(Exception):
     """The GPU answers nothing more after a crash of a kernel."""
 
 
@@ -53,32 +52,25 @@ def measure(settings: Settings, on_case: Callable[[str], None] = lambda name: No
     started = time.monotonic()
     device = resolve_device(settings.device)
     chosen, wanted = cases.select(settings.case_names), systems.select(settings.systems)
-    add_folders(settings.peer_folders)
-    seed = secrets.randbelow(2**31) if settings.seed is None else settings.seed
+    seed = settings.seed_to_use()
     report = Report()
     report.note(f"inputs: normal bfloat16, K with an offset of size {OFFSET} on each channel, seed {seed}; on {device}")
-    loaded = _load(wanted, Machine(device, settings.peer_folders), report)
-    runner = _Runner(device, loaded, report, seed, settings.quick)
-    for done, case in enumerate(chosen):
-        if time.monotonic() - started > 60 * settings.minutes:
-            report.note(f"left out after {settings.minutes:g} minutes: {', '.join(c.name for c in chosen[done:])}")
-            break
-        on_case(case.name)
-        try:
-            runner.run(case)
-        except _BrokenContextError as error:
-            report.note(f"stopped: {error}; left out: {', '.join(c.name for c in chosen[done + 1 :]) or 'nothing'}")
-            break
-        except torch.OutOfMemoryError as error:
-            report.note(f"{case.name}: left out: inputs and reference do not fit: {_one_line(error)}")
+    loaded = load_systems(wanted, settings, device, report)
+    runner = Runner(device, loaded, report, seed, settings.quick)
+    run_cases(runner, chosen, settings.minutes, started, on_case)
     for system, attend in loaded.items():
         if isinstance(attend, Ours):
             report.notes += [f"{system.name}: kernel {kernel} ran {calls}" for kernel, calls in attend.ran().items()]
     return report
 
 
-def _load(wanted: list[System], machine: Machine, report: Report) -> dict[System, Attend]:
-    loaded: dict[System, Attend] = {}
+def load_systems(
+    wanted: Sequence[System[Any]], settings: Settings, device: torch.device, report: Report
+) -> dict[System[Any], Any]:
+    """What each system's ``load`` gives, for those that can run here; a note for each."""
+    add_folders(settings.peer_folders)
+    machine = Machine(device, settings.peer_folders)
+    loaded: dict[System[Any], Any] = {}
     for system in wanted:
         try:
             loaded[system], about = system.load(machine)
@@ -90,11 +82,30 @@ def _load(wanted: list[System], machine: Machine, report: Report) -> dict[System
     return loaded
 
 
-class _Runner:
-    """Holds the inputs and the exact answers of the shape at hand, which its directions share."""
+def run_cases(
+    runner: "Runner", chosen: Sequence[Case], minutes: float, started_s: float, on_case: Callable[[str], None]
+) -> None:
+    """Run the cases until the minutes since ``started_s`` (``time.monotonic``) are over; the notes name the others."""
+    report = runner.report
+    for done, case in enumerate(chosen):
+        if time.monotonic() - started_s > 60 * minutes:
+            report.note(f"left out after {minutes:g} minutes: {', '.join(c.name for c in chosen[done:])}")
+            break
+        on_case(case.name)
+        try:
+            runner.run(case)
+        except BrokenContextError as error:
+            report.note(f"stopped: {error}; left out: {', '.join(c.name for c in chosen[done + 1 :]) or 'nothing'}")
+            break
+        except torch.OutOfMemoryError as error:
+            report.note(f"{case.name}: left out: inputs and reference do not fit: {_one_line(error)}")
+
+
+class Runner:
+    """Checks and times systems; holds the inputs and exact answers of the shape at hand, which its cases share."""
 
     def __init__(
-        self, device: torch.device, loaded: dict[System, Attend], report: Report, seed: int, quick: bool
+        self, device: torch.device, loaded: Mapping[System[Any], Any], report: Report, seed: int, quick: bool
     ) -> None:
         self.device, self.loaded, self.report, self.seed = device, loaded, report, seed
         self.stopwatch = Stopwatch(device, 0.02 if quick else 0.15)
@@ -105,34 +116,47 @@ class _Runner:
         self.verdicts: dict[tuple[str, bool], Verdict | str] = {}
 
     def run(self, case: Case) -> None:
-        self._prepare(case)
-        right: list[tuple[System, Callable[[int], object]]] = []
-        for system, attend in self.loaded.items():
+        self.prepare(case)
+        right: list[tuple[System[Any], Callable[[int], object]]] = []
+        for system in self.loaded:
             if case.mode != "fwd" and not system.trains:
                 continue
-            verdict = self._verdict(case, system, attend)
+            verdict = self.verdict(case, system)
             if isinstance(verdict, str):
                 self.report.note(f"{case.name}: {system.name}: no speed: {verdict}")
                 continue
-            self._rows(case, system, verdict.errors)
+            self.rows(case, system, verdict.errors)
             if verdict.failure:
                 self.report.note(f"{case.name}: {system.name}: no speed: {verdict.failure}")
                 continue
-            call = self._attempt(lambda s=system, a=attend, v=verdict: self._call(case, s, a, v))
+            call = self.attempt(lambda s=system, v=verdict: self.call(case, s, v))
             if isinstance(call, str):
                 self.report.note(f"{case.name}: {system.name}: no speed: {call}")
             else:
                 right.append((system, call))
-        timings = self._attempt(lambda: self.stopwatch.time([call for _, call in right]))
+        timings = self.attempt(lambda: self.stopwatch.time([call for _, call in right]))
         if isinstance(timings, str):
             self.report.note(f"{case.name}: no speed: timing failed: {timings}")
             return
-        for (system, _), timing in zip(right, timings, strict=True):
+        self.timed(case, {system: timing for (system, _), timing in zip(right, timings, strict=True)})
+
+    def attend(self, case: Case, system: System[Any]) -> Attend:
+        """The function that the system runs on this case."""
+        return self.loaded[system]
+
+    def timed(self, case: Case, timings: Mapping[System[Any], Timing]) -> None:
+        """Rows of what was timed."""
+        for system, timing in timings.items():
             row = (case.name, system.name)
             self.report.rows.append(results.row(*row, "ms", timing.ms, timing.low_ms, timing.high_ms, timing.n))
-            self._rows(case, system, {"tflops": case.flops / timing.ms / 1e9})
+            self.rows(case, system, self.timing_values(case, timing))
 
-    def _prepare(self, case: Case) -> None:
+    def timing_values(self, case: Case, timing: Timing) -> dict[str, float]:
+        """More metrics of a timing."""
+        return {"tflops": case.flops / timing.ms / 1e9}
+
+    def prepare(self, case: Case) -> None:
+        """Inputs and exact answers of the case's shape."""
         if case.shape != self.shape:
             self.shape, self.sets, self.out, self.grads, self.verdicts = None, [], None, None, {}
             if self.device.type == "cuda":
@@ -143,33 +167,39 @@ class _Runner:
         if case.mode != "fwd" and self.grads is None:
             self.grads = sample_gradients(self.sets[0], case.shape.causal, self.seed)
 
-    def _verdict(self, case: Case, system: System, attend: Attend) -> Verdict | str:
+    def verdict(self, case: Case, system: System[Any]) -> Verdict | str:
         """The check of a system on this shape; forward alone and with gradients are checked apart."""
         key = (system.name, case.mode == "fwd")
         if key not in self.verdicts:
-            assert self.out is not None, "_prepare comes first"
-            arguments = (system, attend, self.sets[0], case.shape.causal, case.mode, self.out, self.grads)
-            self.verdicts[key] = self._attempt(lambda: check(*arguments))
-            found = self.verdicts[key]
-            if isinstance(found, Verdict) and found.spoils:
-                self.report.note(f"{case.shape.name}: {system.name} changes its inputs in place; timed on copies")
+            assert self.out is not None, "prepare comes first"
+            self.verdicts[key] = self.judge(case, system, self.out, self.grads)
         return self.verdicts[key]
 
-    def _call(self, case: Case, system: System, attend: Attend, verdict: Verdict) -> Callable[[int], object]:
+    def judge(self, case: Case, system: System[Any], out: OutputSample, grads: GradientSample | None) -> Verdict | str:
+        """Compare one call of a system with these samples."""
+        attend = self.attend(case, system)
+        arguments = (system, attend, self.sets[0], case.shape.causal, case.mode, out, grads)
+        found = self.attempt(lambda: check(*arguments))
+        if isinstance(found, Verdict) and found.spoils:
+            self.report.note(f"{case.shape.name}: {system.name} changes its inputs in place; timed on copies")
+        return found
+
+    def call(self, case: Case, system: System[Any], verdict: Verdict) -> Callable[[int], object]:
+        """The call to time."""
         sets = self.sets
         if verdict.spoils:
             sets = [Inputs(*inputs.copies(), inputs.grad) for inputs in sets]
-        call = timed_call(attend, sets, case.shape.causal, case.mode)
+        call = timed_call(self.attend(case, system), sets, case.shape.causal, case.mode)
         call(0)  # what is compiled or tuned at first use is no part of the peak
         peak = peak_bytes(call, self.device) if case.mode == "fwd+bwd" else None
         if peak is not None:
-            self._rows(case, system, {"peak_gb": peak / 1e9})
+            self.rows(case, system, {"peak_gb": peak / 1e9})
         return call
 
-    def _rows(self, case: Case, system: System, values: dict[str, float]) -> None:
+    def rows(self, case: Case, system: System[Any], values: dict[str, float]) -> None:
         self.report.rows += [results.row(case.name, system.name, metric, value) for metric, value in values.items()]
 
-    def _attempt(self, work: Callable[[], Any]) -> Any:
+    def attempt(self, work: Callable[[], Any]) -> Any:
         """The result, or the reason for the failure as text; a system that fails does not stop the others."""
         try:
             found = work()
@@ -182,7 +212,7 @@ class _Runner:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         except Exception as error:
-            raise _BrokenContextError(f"the GPU's context is broken after {reason}") from error
+            raise BrokenContextError(f"the GPU's context is broken after {reason}") from error
         return reason
 
 

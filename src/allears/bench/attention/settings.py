@@ -1,5 +1,6 @@
 """What to run, as a value that command lines fill in. Imports no torch."""
 
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -46,3 +47,7 @@ class Settings:
         from allears.bench.attention.cases import DEFAULT_GROUPS
 
         return self.cases or (("quick",) if self.quick else DEFAULT_GROUPS)
+
+    def seed_to_use(self) -> int:
+        """``seed``, or a fresh one."""
+        return secrets.randbelow(2**31) if self.seed is None else self.seed

@@ -1,6 +1,7 @@
 """A run as a terminal shows it: what is at work, then tables and notes, and the figure beside them."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -16,8 +17,16 @@ from allears.core.errors import MissingDependencyError
 logger = logging.getLogger(__name__)
 
 
-def run_and_show(settings: Settings, figure_path: Path) -> Report:
+def run_and_show(
+    settings: Settings,
+    figure_path: Path,
+    measure: Callable[..., Report] = measure,
+    draw: Callable[..., Path] = figure.draw,
+) -> Report:
     """Measure, draw ``figure_path`` where matplotlib is installed, and print what came out.
+
+    Args:
+        measure, draw: another benchmark's, with the same arguments.
 
     Raises:
         ValueError: a setting is wrong.
@@ -30,7 +39,7 @@ def run_and_show(settings: Settings, figure_path: Path) -> Report:
     for note in report.notes:
         console.print(f"[dim]{escape(note)}[/dim]", highlight=False, soft_wrap=True)
     try:
-        figure.draw(report.rows, figure_path, subtitle=machine())
+        draw(report.rows, figure_path, subtitle=machine())
         console.print(f"written: {figure_path}")
     except (MissingDependencyError, ValueError) as error:
         logger.warning("no figure: %s", error)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from allears.bench.attention.peers import UnavailableError, load
 from allears.ops.attention import AttentionSpec, Numerics, attention, explain
 
 Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+Loaded = TypeVar("Loaded")
 
 BF16 = (0.01, 0.03)  # bounds on the relative error of the output, and of each gradient
 INT8 = (0.06, 0.15)
@@ -39,7 +40,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class System:
+class System(Generic[Loaded]):
     """A kind of attention.
 
     Args:
@@ -49,7 +50,7 @@ class System:
     """
 
     name: str
-    load: Callable[[Machine], tuple[Attend, str]]
+    load: Callable[[Machine], tuple[Loaded, str]]
     trains: bool
     bounds: tuple[float, float | None]
 
@@ -149,7 +150,7 @@ def _sage(major: str) -> Callable[[Machine], tuple[Attend, str]]:
     return load_sage
 
 
-SYSTEMS = (
+SYSTEMS: tuple[System[Attend], ...] = (
     System("allears-int8fp8", _ours("int8_fp8"), False, INT8),
     System("allears-int8fp16", _ours("int8_fp16"), False, INT8),
     System("allears-sagebwd", _ours("sagebwd", trains=True), True, INT8),
@@ -163,14 +164,19 @@ SYSTEMS = (
 )
 
 
-def select(names: Sequence[str]) -> list[System]:
+def select(names: Sequence[str]) -> list[System[Attend]]:
+    """Those of :data:`SYSTEMS`, as :func:`pick` has it."""
+    return pick(names, SYSTEMS)
+
+
+def pick(names: Sequence[str], of: Sequence[System[Loaded]]) -> list[System[Loaded]]:
     """The systems of those names, or all.
 
     Raises:
         ValueError: a name is unknown.
     """
-    known = {system.name: system for system in SYSTEMS}
+    known = {system.name: system for system in of}
     for name in names:
         if name not in known:
             raise ValueError(f"systems: {name!r} is unknown; known are {', '.join(known)}")
-    return [known[name] for name in names] if names else list(SYSTEMS)
+    return [known[name] for name in names] if names else list(of)

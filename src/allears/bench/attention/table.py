@@ -7,12 +7,16 @@ from rich.table import Table
 
 _COLUMNS = {
     "ms": ("ms", "{:.3f}"),
+    "fwd_bwd_ms": ("fwd+bwd ms", "{:.3f}"),
+    "bandwidth_frac": ("of copy", "{:.0%}"),
+    "speedup": ("x fa2", "{:.1f}"),
     "tflops": ("TFLOP/s", "{:.0f}"),
     "rel_err": ("error", "{:.4f}"),
     "rel_err_dq": ("dQ", "{:.4f}"),
     "rel_err_dk": ("dK", "{:.4f}"),
     "rel_err_dv": ("dV", "{:.4f}"),
     "peak_gb": ("peak GB", "{:.2f}"),
+    "extra_memory_frac": ("extra memory", "{:.1%}"),
 }
 
 
