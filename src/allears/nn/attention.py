@@ -39,6 +39,8 @@ class SelfAttention(nn.Module):
         kv_heads: G, which divides H; H // G query heads share a key/value head (grouped-query attention, Ainslie et
             al., 2023). ``None``: G = H.
         causal: a position sees itself and what came before; the same as ``AttentionSpec(causal=True)``.
+        core: attends in place of ``spec``: a module that takes q (B, L, H, D), k and v (B, L, G, D) and a mask or
+            ``None`` to (B, L, H, D), as :class:`SparseLinearAttention` does. It may be set and taken away later.
 
     Raises:
         ValueError: the heads do not divide the channels, or the key/value heads the heads.
@@ -53,6 +55,7 @@ class SelfAttention(nn.Module):
         spec: AttentionSpec | None = None,
         kv_heads: int | None = None,
         causal: bool = False,
+        core: nn.Module | None = None,
     ) -> None:
         super().__init__()
         spec = spec or AttentionSpec()
@@ -63,11 +66,12 @@ class SelfAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-5) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-5) if qk_norm else None
         self.out = nn.Linear(channels, channels, bias=False)
+        self.core = core
 
     def forward(self, x: Tensor, mask: Tensor | None = None, offset: int = 0) -> Tensor:
         """x (B, L, C), mask broadcastable to (B, H, L, L), ``offset`` the position of x's first row."""
         q, k, v = self._project(x, offset)
-        return self.out(attention(q, k, v, self.spec, mask).flatten(2))
+        return self.out(_attend(self.core, q, k, v, self.spec, mask).flatten(2))
 
     def step(self, x: Tensor, state: KeyValues | None = None, keep: int | None = None) -> tuple[Tensor, KeyValues]:
         """The next rows of a stream: x (B, L, C) and what came before to (B, L, C) and the new state.
@@ -81,8 +85,11 @@ class SelfAttention(nn.Module):
                 steps do not see the others.
 
         Raises:
-            ValueError: the module is not causal, so that the past would depend on the future.
+            ValueError: the module is not causal, so that the past would depend on the future; or it has a core, which
+                takes whole sequences.
         """
+        if self.core is not None:
+            raise ValueError(f"step: {type(self.core).__name__} attends here, which has no steps; set core to None")
         if not self.spec.causal:
             raise ValueError(
                 "step: this module is not causal, so a stream has no exact steps; build it with causal=True"
@@ -121,6 +128,7 @@ class CrossAttention(nn.Module):
         qk_norm: RMS-normalise queries and keys per head.
         spec: which attention; not causal.
         kv_heads: G, as in :class:`SelfAttention`.
+        core: as in :class:`SelfAttention`.
 
     Raises:
         ValueError: the heads do not divide the channels, the key/value heads not the heads, or the spec is causal.
@@ -134,6 +142,7 @@ class CrossAttention(nn.Module):
         qk_norm: bool = False,
         spec: AttentionSpec | None = None,
         kv_heads: int | None = None,
+        core: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec or AttentionSpec()
@@ -145,6 +154,7 @@ class CrossAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-5) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-5) if qk_norm else None
         self.out = nn.Linear(channels, channels, bias=False)
+        self.core = core
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, L, C), context (B, M, C'), mask broadcastable to (B, H, L, M)."""
@@ -152,7 +162,17 @@ class CrossAttention(nn.Module):
         k, v = self.kv(context).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.out(attention(q, k, v, self.spec, mask).flatten(2))
+        return self.out(_attend(self.core, q, k, v, self.spec, mask).flatten(2))
+
+
+def _attend(
+    core: nn.Module | None, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None
+) -> Tensor:
+    if core is None:
+        return attention(q, k, v, spec, mask)
+    if getattr(core, "causal", spec.causal) != spec.causal:
+        raise ValueError(f"core: {type(core).__name__} has causal={core.causal}, this layer causal={spec.causal}")
+    return core(q, k, v, mask)
 
 
 def _head_sizes(channels: int, heads: int, kv_heads: int | None) -> tuple[int, int, int]:

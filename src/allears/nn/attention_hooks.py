@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from allears.core.errors import require
-from allears.nn.attention_processors import make_processors
+from allears.nn.attention_processors import Attend, make_processors
 from allears.ops.attention import AttentionSpec, attention
 
-_registered: dict[AttentionSpec, str] = {}
+_registered: dict[tuple[AttentionSpec, Attend | None], str] = {}
 
 _UNSUPPORTED = {
     "softcap": "a cap on the logits",
@@ -44,7 +44,7 @@ class AttentionHandle:
         self.undo()
 
 
-def use_attention(model: nn.Module, spec: AttentionSpec | None = None) -> AttentionHandle:
+def use_attention(model: nn.Module, spec: AttentionSpec | None = None, attend: Attend | None = None) -> AttentionHandle:
     """Swap a model's attention for ours: ``with use_attention(model, spec): ...``, or keep the handle and ``undo()``.
 
     ``transformers``: any model whose attention goes through ``ALL_ATTENTION_FUNCTIONS``; masks come from its mask
@@ -54,6 +54,7 @@ def use_attention(model: nn.Module, spec: AttentionSpec | None = None) -> Attent
     Args:
         model: a ``transformers`` or ``diffusers`` model (of a pipeline: ``pipe.transformer`` or ``pipe.unet``).
         spec: which attention. ``causal`` and ``scale`` are the model's own and must be left as they are.
+        attend: runs in place of :func:`attention`, and is told which layer asks.
 
     Raises:
         ValueError: the model has no such hook, one of its layers has no counterpart here, or the spec sets ``causal``
@@ -64,18 +65,18 @@ def use_attention(model: nn.Module, spec: AttentionSpec | None = None) -> Attent
     if spec.causal or spec.scale is not None:
         raise ValueError("spec: causal or scale given; the model decides both in each layer, so leave them unset")
     if hasattr(model, "set_attn_implementation"):
-        return _hook_transformers(model, spec)
+        return _hook_transformers(model, spec, attend)
     layers: dict[str, Any] = {name: part for name, part in model.named_modules() if hasattr(part, "set_processor")}
     if layers:
-        return _hook_diffusers(layers, spec)
+        return _hook_diffusers(layers, spec, attend)
     parts = [name for name in ("transformer", "unet") if getattr(model, name, None) is not None]
     fix = f"give its {' or '.join(parts)}" if parts else "give a transformers or diffusers model"
     raise ValueError(f"model: {type(model).__name__} has no hook for attention; {fix}")
 
 
-def _hook_diffusers(layers: dict[str, Any], spec: AttentionSpec) -> AttentionHandle:
+def _hook_diffusers(layers: dict[str, Any], spec: AttentionSpec, attend: Attend | None) -> AttentionHandle:
     before = {name: layer.get_processor() for name, layer in layers.items()}
-    after = make_processors(before, spec)
+    after = make_processors(before, spec, attend)
 
     def install(processors: dict[str, Any]) -> None:
         for name, layer in layers.items():
@@ -85,8 +86,8 @@ def _hook_diffusers(layers: dict[str, Any], spec: AttentionSpec) -> AttentionHan
     return AttentionHandle(lambda: install(before))
 
 
-def _hook_transformers(model: Any, spec: AttentionSpec) -> AttentionHandle:
-    name = _register(spec)
+def _hook_transformers(model: Any, spec: AttentionSpec, attend: Attend | None) -> AttentionHandle:
+    name = _register(spec, attend)
     before = _implementations(model.config)
     handle = AttentionHandle(lambda: model.set_attn_implementation(before))
     model.set_attn_implementation(name)
@@ -107,16 +108,16 @@ def _implementations(config: Any) -> str | dict[str, Any]:
     return {"": config._attn_implementation, **{key: _implementations(part) for key, part in parts.items()}}
 
 
-def _register(spec: AttentionSpec) -> str:
-    """The name under which transformers knows ``spec``; one for each distinct spec, for the life of the process."""
-    if spec not in _registered:
+def _register(spec: AttentionSpec, attend: Attend | None) -> str:
+    """The name under which transformers knows the two; one for each distinct pair, for the life of the process."""
+    if (spec, attend) not in _registered:
         functions = require("transformers.modeling_utils", "hub", "running a transformers model on our attention")
         masks = require("transformers.masking_utils", "hub", "running a transformers model on our attention")
         name = f"allears_{len(_registered)}"
-        functions.AttentionInterface.register(name, _make_function(spec))
+        functions.AttentionInterface.register(name, _make_function(spec, attend))
         masks.AttentionMaskInterface.register(name, _make_mask(masks.sdpa_mask))
-        _registered[spec] = name
-    return _registered[spec]
+        _registered[spec, attend] = name
+    return _registered[spec, attend]
 
 
 def _make_mask(sdpa_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
@@ -129,7 +130,7 @@ def _make_mask(sdpa_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor 
     return mask
 
 
-def _make_function(spec: AttentionSpec) -> Callable[..., tuple[Tensor, None]]:
+def _make_function(spec: AttentionSpec, other: Attend | None) -> Callable[..., tuple[Tensor, None]]:
     kernel, numerics, lowbit = spec.kernel, spec.numerics, spec.lowbit
 
     def attend(
@@ -162,7 +163,8 @@ def _make_function(spec: AttentionSpec) -> Callable[..., tuple[Tensor, None]]:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         mask = _add_bias(attention_mask, position_bias)
         chosen = AttentionSpec(kernel, causal, scaling, numerics, lowbit)
-        return attention(q, k, v, chosen, mask).contiguous(), None
+        y = attention(q, k, v, chosen, mask) if other is None else other(module, q, k, v, chosen, mask)
+        return y.contiguous(), None
 
     return attend
 

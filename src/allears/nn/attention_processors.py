@@ -5,7 +5,7 @@ Written to the interface of those modules; nothing of the library is imported.
 Shapes: B batch, L positions, M positions of the context, C channels, H heads, D head size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from allears.ops.attention import AttentionSpec, attention
 
+Attend = Callable[[Any, Tensor, Tensor, Tensor, AttentionSpec, Tensor | None], Tensor]
+"""(layer, q, k, v, spec, mask) to the output, in place of :func:`attention`; the layer is a module of the model."""
+
 
 class StandardProcessor:
     """For diffusers' ``Attention`` module, in place of its ``AttnProcessor`` and ``AttnProcessor2_0``."""
 
-    def __init__(self, spec: AttentionSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: AttentionSpec, attend: Attend | None = None) -> None:
+        self.spec, self.attend = spec, attend
 
     def __call__(
         self,
@@ -44,7 +47,7 @@ class StandardProcessor:
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, k.shape[1], q.shape[0])
             attention_mask = attention_mask.unflatten(0, (q.shape[0], attn.heads))
-        y = attention(q, k, v, _scaled(self.spec, attn.scale), attention_mask).flatten(2).to(q.dtype)
+        y = _run(self.attend, attn, q, k, v, _scaled(self.spec, attn.scale), attention_mask).flatten(2).to(q.dtype)
         y = _leave(attn.to_out, y)
         y = y if image is None else y.transpose(1, 2).unflatten(2, image)
         y = y + given if attn.residual_connection else y
@@ -54,8 +57,8 @@ class StandardProcessor:
 class WanProcessor:
     """For diffusers' ``WanAttention``: self- and cross-attention, and the second context of image-to-video."""
 
-    def __init__(self, spec: AttentionSpec, text_length: int = 512) -> None:
-        self.spec = spec
+    def __init__(self, spec: AttentionSpec, attend: Attend | None = None, text_length: int = 512) -> None:
+        self.spec, self.attend = spec, attend
         self.text_length = text_length
 
     def __call__(
@@ -79,7 +82,7 @@ class WanProcessor:
         q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))
         if rotary_emb is not None:
             q, k = _rotate_pairs(q, *rotary_emb), _rotate_pairs(k, *rotary_emb)
-        y = attention(q, k, v, self.spec, attention_mask).flatten(2).to(q.dtype)
+        y = _run(self.attend, attn, q, k, v, self.spec, attention_mask).flatten(2).to(q.dtype)
         if picture is not None:
             if attn.fused_projections:
                 k, v = attn.to_added_kv(picture).chunk(2, dim=-1)
@@ -98,8 +101,8 @@ _COUNTERPARTS = {
 }
 
 
-def make_processors(before: Mapping[str, Any], spec: AttentionSpec) -> dict[str, Any]:
-    """For each layer's processor its counterpart here.
+def make_processors(before: Mapping[str, Any], spec: AttentionSpec, attend: Attend | None = None) -> dict[str, Any]:
+    """For each layer's processor its counterpart here. The few image keys of Wan's second context are not ``attend``'s.
 
     Raises:
         ValueError: a layer's processor has none, or spreads a sequence over several GPUs.
@@ -114,7 +117,13 @@ def make_processors(before: Mapping[str, Any], spec: AttentionSpec) -> dict[str,
     for name, processor in before.items():
         if getattr(processor, "_parallel_config", None) is not None:
             raise ValueError(f"model: {name} runs context-parallel, which is not supported; disable it first")
-    return {name: _COUNTERPARTS[type(processor).__name__](spec) for name, processor in before.items()}
+    return {name: _COUNTERPARTS[type(processor).__name__](spec, attend) for name, processor in before.items()}
+
+
+def _run(
+    attend: Attend | None, attn: Any, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None
+) -> Tensor:
+    return attention(q, k, v, spec, mask) if attend is None else attend(attn, q, k, v, spec, mask)
 
 
 def _scaled(spec: AttentionSpec, scale: float) -> AttentionSpec:

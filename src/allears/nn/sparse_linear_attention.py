@@ -53,8 +53,8 @@ class BlockRouter(nn.Module):
     def forward(self, q_pool: Tensor, k_pool: Tensor, scale: float) -> Tensor:
         """q_pool (B, H, N_q, D), k_pool (B, G, N_k, D) of smoothed keys, to logits (B, H, N_q, N_k) in float32."""
         with torch.autocast(q_pool.device.type, enabled=False):
-            q = torch.einsum("bhnd,hde->bhne", q_pool.float(), self.proj_q.float())
-            k = torch.einsum("bhnd,hde->bhne", k_pool.float(), self.proj_k.float())
+            q = q_pool.float() @ self.proj_q.float()
+            k = k_pool.float() @ self.proj_k.float()
             return block_scores(q, k, scale)
 
 
@@ -173,17 +173,25 @@ class SparseLinearAttention(nn.Module):
             return self._attend_softly(q, k, v)
         trains = self.ratio is not None and self.ratio.logit.requires_grad
         found = fused_statistics(q, k, v, self.options, trains=trains, causal=self.causal, kernel=self.kernel)
-        return self.attend(q, k, v, self.route(q, k, found), found)
+        blocks, ratio = self.route(q, k, found), self._ratio(q, found)
+        if found is not None:
+            found = found.without_pools()
+        return self._attend(q, k, v, blocks, ratio, found)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, statistics: Statistics | None = None) -> Tensor:
-        """Attend with these blocks, whatever the stage; ``statistics`` as ``fused_statistics`` gives them."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+        """Attend with these blocks, whatever the stage."""
+        return self._attend(q, k, v, blocks, self._ratio(q), None)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, ratio: Tensor | None, statistics: Statistics | None
+    ) -> Tensor:
         proj = None if self.proj is None else (self.proj.weight, self.proj.bias)
         return sparse_linear_attention(
             q,
             k,
             v,
             blocks,
-            self._ratio(q, statistics),
+            ratio,
             self.options,
             proj=proj,
             causal=self.causal,

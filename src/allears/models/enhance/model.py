@@ -46,19 +46,41 @@ class DualPathBlock(nn.Module):
         self.feed = GatedConv(channels, channels)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        x = x + self.shift(x, time)
+        x = x + self.look_along_time(x)
+        x = x + self.look_along_frequency(x)
+        return x + self.look_around(x)
+
+    def shift(self, x: Tensor, time: Tensor) -> Tensor:
+        """What the flow time adds, (B, 1, 1, C)."""
+        return self.time(time)[:, None, None].to(x.dtype)
+
+    def look_along_time(self, x: Tensor) -> Tensor:
+        """What the attention along time adds to x; bands do not meet."""
         batch, frames, bands, channels = x.shape
-        x = x + self.time(time)[:, None, None].to(x.dtype)
         rows = self.time_norm(x).to(x.dtype).transpose(1, 2).reshape(batch * bands, frames, channels)
-        x = x + self.along_time(rows).view(batch, bands, frames, channels).transpose(1, 2)
-        columns = self.frequency_norm(x).to(x.dtype).view(batch * frames, bands, channels)
-        x = x + self.along_frequency(columns).view(batch, frames, bands, channels)
-        return x + self.feed(self.feed_norm(x).to(x.dtype))
+        return self.along_time(rows).view(batch, bands, frames, channels).transpose(1, 2)
+
+    def look_along_frequency(self, x: Tensor) -> Tensor:
+        """What the attention along frequency adds to x; frames do not meet."""
+        batch, frames, bands, channels = x.shape
+        columns = self.frequency_norm(x).to(x.dtype).reshape(batch * frames, bands, channels)
+        return self.along_frequency(columns).view(batch, frames, bands, channels)
+
+    def look_around(self, x: Tensor) -> Tensor:
+        """What the gated convolution adds to x; a frame meets the next on either side."""
+        return self.feed(self.feed_norm(x).to(x.dtype))
+
+
+HALO_ROWS = 2
+"""So many rows next to a cut lack neighbours in what a part of the network gives for a stretch of rows."""
 
 
 class EnhanceNet(nn.Module):
     """Predicts the clean state x_0 from the state x_t, the noisy recording y and the flow time t.
 
-    The output is ``mask * y + residual`` with a complex mask; an untrained network returns y.
+    The output is ``mask * y + residual`` with a complex mask; an untrained network returns y. The parts of ``forward``
+    work on any stretch of rows (a row is two frames); see :data:`HALO_ROWS` and ``slices.py``.
     """
 
     def __init__(self, config: EnhanceConfig) -> None:
@@ -89,25 +111,53 @@ class EnhanceNet(nn.Module):
     def forward(self, x_t: Tensor, y: Tensor, t: Tensor) -> Tensor:
         """x_t and y (B, T, F, 2), t (B,) in [0, 1]; returns (B, T, F, 2) in float32."""
         frames = y.shape[1]
-        if frames % 2:
-            x_t, y = (F.pad(state, (0, 0, 0, 0, 0, 1)) for state in (x_t, y))
-        time = F.silu(self.time(t))
-        magnitude = (y.square().sum(-1, keepdim=True) + 1e-8).sqrt()
-        wide = self.wide_in(self.enter(torch.cat([x_t, y, magnitude], dim=-1)), time)
-        half = self.half_in(self.to_half(wide), time)
-        h = self.to_core(half) + self.band.to(half.dtype)
+        x_t, y = pad_to_even(x_t), pad_to_even(y)
+        time = self.embed(t)
+        wide = self.enter_wide(x_t, y, time)
+        half = self.enter_half(wide, time)
+        h = self.enter_core(half)
         for block in self.blocks:
             h = block(h, time)
+        half = self.leave_core(h, half, time)
+        return self.leave_wide(half, wide, y, time)[:, :frames]
+
+    def embed(self, t: Tensor) -> Tensor:
+        """Flow times (B,) to what enters the blocks, (B, C)."""
+        return F.silu(self.time(t))
+
+    def enter_wide(self, x_t: Tensor, y: Tensor, time: Tensor) -> Tensor:
+        """States (B, T, F, 2) to (B, T, F, C)."""
+        magnitude = (y.square().sum(-1, keepdim=True) + 1e-8).sqrt()
+        return self.wide_in(self.enter(torch.cat([x_t, y, magnitude], dim=-1)), time)
+
+    def enter_half(self, wide: Tensor, time: Tensor) -> Tensor:
+        """(B, T, F, C) to (B, T/2, F/2, C')."""
+        return self.half_in(self.to_half(wide), time)
+
+    def enter_core(self, half: Tensor) -> Tensor:
+        """(B, T/2, F/2, C') to (B, T/2, F/4, C"); rows do not meet."""
+        return self.to_core(half) + self.band.to(half.dtype)
+
+    def leave_core(self, h: Tensor, half: Tensor, time: Tensor) -> Tensor:
+        """The core's output and what went in at half resolution, to (B, T/2, F/2, C')."""
         batch, rows, bands, _ = h.shape
         up = self.from_core(self.core_norm(h).to(h.dtype)).view(batch, rows, 2 * bands, -1)
-        half = self.half_out(self.half_merge(torch.cat([up, half], dim=-1)), time)
-        up = self.from_half(half).view(batch, rows, 2 * bands, 2, 2, -1)
-        up = up.permute(0, 1, 3, 2, 4, 5).reshape(batch, 2 * rows, 4 * bands, -1)
+        return self.half_out(self.half_merge(torch.cat([up, half], dim=-1)), time)
+
+    def leave_wide(self, half: Tensor, wide: Tensor, y: Tensor, time: Tensor) -> Tensor:
+        """The same one level up, then mask and residual on y: (B, T, F, 2) in float32."""
+        batch, rows, bands, _ = half.shape
+        up = self.from_half(half).view(batch, rows, bands, 2, 2, -1)
+        up = up.permute(0, 1, 3, 2, 4, 5).reshape(batch, 2 * rows, 2 * bands, -1)
         wide = self.wide_out(self.wide_merge(torch.cat([up, wide], dim=-1)), time)
         out = self.leave(F.silu(self.leave_norm(wide).to(wide.dtype))).to(torch.float32)
         mask_real, mask_imag, real, imag = out.unbind(-1)
         y_real, y_imag = y.to(torch.float32).unbind(-1)
-        clean = torch.stack(
+        return torch.stack(
             [mask_real * y_real - mask_imag * y_imag + real, mask_real * y_imag + mask_imag * y_real + imag], dim=-1
         )
-        return clean[:, :frames]
+
+
+def pad_to_even(state: Tensor) -> Tensor:
+    """(B, T, F, 2) with a silent frame more if T is odd."""
+    return F.pad(state, (0, 0, 0, 0, 0, 1)) if state.shape[1] % 2 else state

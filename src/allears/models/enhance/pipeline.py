@@ -25,6 +25,7 @@ from allears.models.enhance.chunks import ChunkedEnhancer
 from allears.models.enhance.config import EnhanceConfig
 from allears.models.enhance.model import EnhanceNet
 from allears.models.enhance.sample import enhance, sampler
+from allears.models.enhance.slices import SlicedNet
 
 log = logging.getLogger(__name__)
 
@@ -199,13 +200,14 @@ class Enhancer:
         if seed < 0:
             raise ValueError(f"seed: {seed} given; a whole number from 0 up is wanted")
         steps, solver = sampler(self.config, steps, solver)
+        predict = SlicedNet(self.net) if self.device.type == "cpu" else self.net
 
         def run(windows: Tensor, noise: Tensor) -> Tensor:
             with (
                 torch.inference_mode(),
                 torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
             ):
-                return enhance(self.net, self.config, windows.to(self.device), steps, solver, noise.to(self.device))
+                return enhance(predict, self.config, windows.to(self.device), steps, solver, noise.to(self.device))
 
         batch = 16 if self.device.type == "cuda" else 1
         return _Session(

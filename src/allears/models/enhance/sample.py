@@ -1,13 +1,17 @@
 """From a noisy waveform to a clean one: the flow solved on the compressed spectrum."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from allears.diffusion.path import LinearPath
 from allears.diffusion.solvers import SOLVERS, integrate, time_grid
 from allears.models.enhance.config import EnhanceConfig
-from allears.models.enhance.model import EnhanceNet
 from allears.models.enhance.state import level_of, to_state, to_waveform
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The network, or what computes the same: x_t and y (B, T, F, 2), t (B,), to the clean state (B, T, F, 2)."""
 
 
 def sampler(config: EnhanceConfig, steps: int | None, solver: str | None) -> tuple[int, str]:
@@ -25,7 +29,7 @@ def sampler(config: EnhanceConfig, steps: int | None, solver: str | None) -> tup
 
 
 def enhance(
-    net: EnhanceNet | torch.nn.Module,
+    net: Predict,
     config: EnhanceConfig,
     noisy: Tensor,
     steps: int | None = None,

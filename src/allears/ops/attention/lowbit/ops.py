@@ -15,8 +15,13 @@ from allears.ops.attention.lowbit.options import LowBit
 
 def like_output(q: Tensor, with_lse: bool = True) -> tuple[Tensor, Tensor]:
     """Empty (B, L_q, H, D) or (T_q, H, D) as q, and float32 (B, H, L_q) or (H, T_q), or (0,) without ``with_lse``."""
-    sums = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if with_lse else (0,)
-    return q.new_empty(q.shape), q.new_empty(sums, dtype=torch.float32)
+    sums = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32) if with_lse else no_sums(q)
+    return q.new_empty(q.shape), sums
+
+
+def no_sums(q: Tensor) -> Tensor:
+    """What stands for an lse that was not asked for: float32 (0,)."""
+    return q.new_empty(0, dtype=torch.float32)
 
 
 def aligned_rows(x: Tensor) -> Tensor:
@@ -43,7 +48,7 @@ def int8_attention_hopper(
     with torch.cuda.device_of(q):
         kv = quantise_kv(aligned_rows(k), aligned_rows(v), "fp8", smooth_k)
         made = attend(aligned_rows(q), kv, k.shape[1], "fp8", causal, scale, need_lse=return_lse, save_q=False)
-    return made.out, made.lse if made.lse is not None else like_output(q, False)[1]
+    return made.out, made.lse if made.lse is not None else no_sums(q)
 
 
 @int8_attention_hopper.register_fake
@@ -90,7 +95,7 @@ def int8_attention_triton(
             cu_seqlens_k=cu_seqlens_k,
             return_lse=return_lse,
         )
-    return out, lse if lse is not None else like_output(q, False)[1]
+    return out, lse if lse is not None else no_sums(q)
 
 
 @int8_attention_triton.register_fake

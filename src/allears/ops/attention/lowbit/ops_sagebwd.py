@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allears.ops.attention.lowbit.ops import aligned_rows, like_output
+from allears.ops.attention.lowbit.ops import aligned_rows, like_output, no_sums
 from allears.ops.attention.lowbit.ops_sagebwd_reference import sagebwd_options
 from allears.ops.attention.lowbit.quantise import KEY_BLOCK
 
@@ -59,7 +59,7 @@ def sagebwd_triton(
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
         )
-    mean = saved.k_mean if saved.k_mean is not None else like_output(q, False)[1]
+    mean = saved.k_mean if saved.k_mean is not None else no_sums(q)
     return out, lse, saved.q8, saved.q_scale, saved.k8, saved.k_scale, mean, saved.lse
 
 
@@ -173,7 +173,7 @@ def sagebwd_hopper(
     with torch.cuda.device_of(q):
         kv = quantise_kv(aligned_rows(k), aligned_rows(v), "int8", smooth_k)
         made = attend(aligned_rows(q), kv, k.shape[1], "int8", causal, scale, need_lse=return_lse, save_q=train)
-        out, lse = made.out, made.lse if made.lse is not None else like_output(q, False)[1]
+        out, lse = made.out, made.lse if made.lse is not None else no_sums(q)
         if made.q8 is None or made.q_scale is None or made.lse2 is None:
             return out, lse, *_nothing_saved(q)
         # An operator's results must not share memory, and the host makes these two of one tensor.

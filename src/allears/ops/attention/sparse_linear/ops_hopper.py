@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from allears.ops.attention.lowbit.ops import aligned_rows, like_output
+from allears.ops.attention.lowbit.ops import aligned_rows, like_output, no_sums
 from allears.ops.attention.sparse_linear.blocks import Blocks
 from allears.ops.attention.sparse_linear.inputs import Projection
 from allears.ops.attention.sparse_linear.options import SparseLinear
@@ -31,6 +31,11 @@ class Statistics(NamedTuple):
     k_pool: Tensor
     k_mean: Tensor
     v_max: Tensor
+
+    def without_pools(self) -> "Statistics":
+        """What the kernel alone needs, so that the pools' memory is free."""
+        nothing = self.k_mean.new_empty(0)
+        return self._replace(q_pool=nothing, k_pool=nothing)
 
 
 @torch.library.custom_op("allears::sparse_linear_statistics", mutates_args=())
@@ -75,7 +80,7 @@ def _attend(
     with torch.cuda.device_of(q):
         q, k, v = (aligned_rows(x) for x in (q, k, v))
         out, lse = host.attend(q, k, v, rows, count, ratio, k_mean, v_max, scale, need_lse)
-    return out, lse if lse is not None else like_output(q, False)[1]
+    return out, lse if lse is not None else no_sums(q)
 
 
 @_attend.register_fake

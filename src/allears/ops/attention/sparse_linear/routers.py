@@ -16,7 +16,7 @@ from torch import Tensor
 from allears.ops.attention.call import Packing
 from allears.ops.attention.dense.packing import locate
 from allears.ops.attention.lowbit.backends import triton_missing
-from allears.ops.attention.lowbit.inputs import DTYPES
+from allears.ops.attention.lowbit.inputs import DTYPES, LARGEST_HEAD_SIZE
 from allears.ops.attention.sparse_linear.blocks import Blocks, Geometry, blocks_from_order
 from allears.ops.attention.sparse_linear.ops import (
     list_width,
@@ -43,7 +43,7 @@ def pool_blocks(x: Tensor, block: int, cu_seqlens: Tensor | None = None, max_seq
     """
     if cu_seqlens is not None and max_seqlen is None:
         raise ValueError("max_seqlen: None given beside cu_seqlens; give the longest sequence as an int")
-    if _by_kernel(x):
+    if _by_kernel(x) and x.shape[-1] <= LARGEST_HEAD_SIZE:
         offsets = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
         return sparse_linear_pool(x, block, offsets, max_seqlen)
     if cu_seqlens is None or max_seqlen is None:
@@ -91,8 +91,8 @@ def block_scores(q_pool: Tensor, k_pool: Tensor, scale: float) -> Tensor:
         k_pool: (B, G, N_k, D), smoothed by the caller: ``pool_blocks(k, ...) - key_mean(k)[:, :, None]``.
         scale: as in the attention's logits.
     """
-    grouped = q_pool.unflatten(1, (k_pool.shape[1], -1))
-    return (grouped @ k_pool[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale
+    grouped = (q_pool * scale).unflatten(1, (k_pool.shape[1], -1))
+    return (grouped @ k_pool[:, :, None].transpose(-1, -2)).flatten(1, 2)
 
 
 def pools(
@@ -106,7 +106,7 @@ def pools(
     """
     of_q, of_k = sequences(packing)
     q_pool, centred = pool_blocks(q, options.block_q, *of_q), options.smooth_k and not causal
-    if centred and _by_kernel(k):
+    if centred and _by_kernel(k) and k.shape[-1] <= LARGEST_HEAD_SIZE:
         return q_pool, sparse_linear_pool_keys(k, options.block_k, *of_k, True)[0]
     k_pool = pool_blocks(k, options.block_k, *of_k)
     return q_pool, k_pool - key_mean(k, of_k[0])[:, :, None] if centred else k_pool

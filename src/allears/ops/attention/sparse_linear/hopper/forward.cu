@@ -27,6 +27,7 @@
 #define Q_PANEL (128 * 128)   // 64 channels of a query block, 16 bit
 #define Q_TILE (2 * Q_PANEL)  // two of them, for this item and the next
 #define H_PANEL (136 * 128)   // 64 rows of h, transposed, bfloat16
+#define SHORT_SUM 16          // blocks whose P V the matrix unit adds: its sums keep some 14 bits
 #define TOTAL_PARTS 4         // of the totals of a head, as large as phi(K) and V of a block
 #define REGS 68
 #define P_SHIFT 8.80735492205760f  // log2 448
@@ -177,11 +178,11 @@ DEVICE void issue_h(float (&h)[REGS], u64 phi, u64 v) {
 }
 
 // Rows of Q by a warp, 16 lanes each, two at once (``row`` and ``row + step``, if there): to INT8 with a scale, and in place to phi(Q) = softmax
-// over the channels, bfloat16.
+// over the channels, bfloat16, less the division by the sum: the linear branch has phi(Q) above and below.
 DEVICE void prepare_q(u8* q, u8* q_bytes, int row, int step, int lane, float* scales, float* biases, const float* mean) {
   int c = lane % 16;
   u32 w[2][4];
-  float x[2][8], size[2], top[2], bias[2] = {0.0f, 0.0f}, sum[2];
+  float x[2][8], size[2], top[2], bias[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     uint4 raw = row + r * step < Q_ROWS ? *(const uint4*)(q + c / 8 * Q_PANEL + chunk_offset<128>(row + r * step, c % 8)) : make_uint4(0, 0, 0, 0);
@@ -223,29 +224,42 @@ DEVICE void prepare_q(u8* q, u8* q_bytes, int row, int step, int lane, float* sc
     if (row + r * step < Q_ROWS)
       *(uint2*)(q_bytes + chunk_offset<128>(row + r * step, c / 2) + c % 2 * 8) =
           make_uint2(pack_bytes(y[0], y[1], y[2], y[3]), pack_bytes(y[4], y[5], y[6], y[7]));
-    sum[r] = 0.0f;
     top[r] *= LOG2E;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      x[r][i] = exp2_fast(fmaf(x[r][i], LOG2E, -top[r]));
-      sum[r] += x[r][i];
-    }
-  }
+    for (int i = 0; i < 8; i++) x[r][i] = exp2_fast(fmaf(x[r][i], LOG2E, -top[r]));
 #pragma unroll
-  for (int d = 8; d; d >>= 1) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) sum[r] += __shfl_xor_sync(ALL, sum[r], d);
-  }
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    float inverse = reciprocal(sum[r]);
-#pragma unroll
-    for (int i = 0; i < 4; i++) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w[r][i]) : "f"(x[r][2 * i + 1] * inverse), "f"(x[r][2 * i] * inverse));
+    for (int i = 0; i < 4; i++) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w[r][i]) : "f"(x[r][2 * i + 1]), "f"(x[r][2 * i]));
     if (row + r * step < Q_ROWS) {
       *(uint4*)(q + c / 8 * Q_PANEL + chunk_offset<128>(row + r * step, c % 8)) = make_uint4(w[r][0], w[r][1], w[r][2], w[r][3]);
       if (c == 0) scales[row + r * step] = size[r] / 127.0f, biases[row + r * step] = bias[r];
     }
   }
+}
+
+// Long sums of P V, in bfloat16 where h goes later: ``sums`` relative to maxima ``at`` (of the thread's rows, 8 apart), o to ``m``. A thread's
+// words lie 512 bytes apart.
+DEVICE void add_sums(float (&o)[REGS], const u8* sums, Row2 m, const volatile float* at) {
+  Row2 f = {exp2_fast(at[0] - m.a), exp2_fast(at[8] - m.b)};
+#pragma unroll
+  for (int i = 0; i < REGS / 2; i++) {
+    u32 w = *(const u32*)(sums + 512 * i);
+    o[2 * i] = fmaf(__uint_as_float(w << 16), i & 1 ? f.b : f.a, o[2 * i]);
+    o[2 * i + 1] = fmaf(__uint_as_float(w & 0xffff0000u), i & 1 ? f.b : f.a, o[2 * i + 1]);
+  }
+}
+
+DEVICE void move_sums(float (&o)[REGS], u8* sums, Row2 m, volatile float* at, bool first) {
+  if (!first) add_sums(o, sums, m, at);
+#pragma unroll
+  for (int i = 0; i < REGS / 2; i++) {
+    u32 w;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(o[2 * i + 1]), "f"(o[2 * i]));
+    *(u32*)(sums + 512 * i) = w;
+  }
+  __syncwarp();  // the four threads of a row have read it
+  at[0] = m.a;
+  at[8] = m.b;
+  __syncwarp();
 }
 
 DEVICE void ones(u8* v_shared, int stages, int stage_bytes) {  // rows 128 to 135 of each stage: the first is ones
@@ -263,7 +277,7 @@ sparse_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
   __shared__ alignas(8) u64 bars[2 * K_STAGES + 2 * V_STAGES + 10];
   __shared__ alignas(16) Meta metas[K_STAGES];
   __shared__ int2 next_item[2];  // index, selected blocks
-  __shared__ float row_scales[2][Q_ROWS], row_biases[2][Q_ROWS];
+  __shared__ float row_scales[2][Q_ROWS], row_biases[2][Q_ROWS], row_tops[Q_ROWS];
   u32 k_full = shared_address(bars), k_empty = k_full + 8 * K_STAGES, v_full = k_empty + 8 * K_STAGES, v_empty = v_full + 8 * V_STAGES;
   u32 item_full = v_empty + 8 * V_STAGES, item_empty = item_full + 16, q_full = item_empty + 16, q_ready = q_full + 16, q_empty = q_ready + 16;
   if (threadIdx.x == 0) {
@@ -446,6 +460,12 @@ sparse_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
         for (int r = 0; r < REGS; r++) o[r] *= (r & 2) ? keep.b : keep.a;
       }
       pack_p(s, pa);
+      if (i % SHORT_SUM == 0) {  // P V of the blocks before to a place apart
+        move_sums(o, h_shared + t * 4 + group * (34 * 512), m, row_tops + 64 * group + r_a, i == SHORT_SUM);
+#pragma unroll
+        for (int r = 0; r < REGS; r++) o[r] = 0.0f;
+        pin(o);
+      }
     }
     pin(o), pin(pa);
     start_products();
@@ -453,6 +473,7 @@ sparse_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
 
     // ---- the linear branch: what all blocks give, minus the selected ones
     int row_a = group * 64 + r_a, first = vs;
+    if (chosen > SHORT_SUM) add_sums(o, h_shared + t * 4 + group * (34 * 512), m, row_tops + 64 * group + r_a);
     bool nothing = chosen >= p.k_blocks;
     float ratio = __ldg(p.ratio + it.at);
     const float* ones_of = p.total_ones + (long long)it.kv * HEAD_DIM + row_a;

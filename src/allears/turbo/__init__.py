@@ -1,0 +1,1 @@
+"""Making a trained model faster: sparse-linear attention, fitted to it layer by layer."""
