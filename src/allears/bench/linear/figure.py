@@ -38,11 +38,14 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, subtitle: str = "") -> P
             drawn = {system: points for (system, of, which), points in found.items() if (of, which) == (shape, metric)}
             for system, points in drawn.items():
                 axis.plot(list(points), list(points.values()), label=system, **_STYLES[system])
-            axis.set(title=f"heads x size {shape}: {label}", xlabel="tokens", yscale="log")
+            axis.set(xlabel="tokens", yscale="log")
+            axis.set_title(f"heads x size {shape}\n{label}", fontsize=10)
             axis.set_xscale("log", base=2)
             axis.grid(True, alpha=0.3)
     handles = {h.get_label(): h for axis in figure.axes for h in axis.get_lines()}
-    figure.legend(list(handles.values()), list(map(str, handles)), loc="outside right upper", frameon=False)
+    figure.legend(
+        list(handles.values()), list(map(str, handles)), loc="outside upper center", ncols=len(handles), frameon=False
+    )
     figure.supxlabel(subtitle, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -3,6 +3,9 @@
 from allears.ops.attention.backend import Backend
 from allears.ops.attention.call import Facts
 from allears.ops.attention.dispatch import Choice, attention, backends, explain
+from allears.ops.attention.linear.call import explain_linear, linear_attention
+from allears.ops.attention.linear.options import LinearOptions
+from allears.ops.attention.linear.state import LinearState
 from allears.ops.attention.lowbit.options import LowBit
 from allears.ops.attention.sparse_linear import (
     Blocks,
@@ -19,6 +22,8 @@ __all__ = [
     "Blocks",
     "Choice",
     "Facts",
+    "LinearOptions",
+    "LinearState",
     "LowBit",
     "Numerics",
     "SparseLinear",
@@ -26,6 +31,8 @@ __all__ = [
     "attention",
     "backends",
     "explain",
+    "explain_linear",
     "explain_sparse_linear",
+    "linear_attention",
     "sparse_linear_attention",
 ]

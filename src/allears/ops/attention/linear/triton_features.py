@@ -401,3 +401,59 @@ def aot_case(
         aligned=tuple(name for name, kind in signature.items() if kind.startswith("*") or "stride" in name),
         spills=spills,
     )
+
+
+@triton.jit(do_not_specialize=["L", "TOTAL"])
+def norms_kernel(
+    x,
+    scale,
+    norms,
+    x_stride_b,
+    x_stride_l: tl.constexpr,
+    x_stride_h,
+    x_stride_d,
+    L,
+    TOTAL,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    POWER: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIDE: tl.constexpr,
+    W: tl.constexpr,
+):
+    """A tile of rows: the squares of base and base^p (see ``triton_features.py``), summed over all heads, to norms (2,
+    TOTAL)."""
+    at = tl.program_id(0) * ROWS
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    MASKED: tl.constexpr = H % SIDE != 0 or D != W
+    first = tl.zeros((ROWS,), tl.float32)
+    second = tl.zeros((ROWS,), tl.float32)
+    size = tl.zeros((ROWS, 1), tl.float32) + 1.0
+    for turn in tl.static_range(1 if POWER <= DIRECT_POWER else 2):
+        for group in range((H + SIDE - 1) // SIDE):
+            head, within, real = channels(group, H, D, SIDE, W)
+            offset = row[:, None] * x_stride_l + (head * x_stride_h + within * x_stride_d)[None, :]
+            tile = load_tile(x + batch * x_stride_b, batch * 0, at, offset, row, L, x_stride_l, real, MASKED).to(
+                tl.float32
+            )
+            inverse = tl.zeros((SIDE * W,), tl.float32) + UNIT
+            if scale is not None:
+                inverse = UNIT / tl.load(scale + head * D + within, mask=real, other=1.0)
+            y = rectified(tile, inverse, real, MASKED)
+            if turn == 0:
+                first += tl.sum(y * y, axis=1)
+            if turn == 1 or POWER <= DIRECT_POWER:
+                top = to_power(y / size, POWER)
+                second += tl.sum(top * top, axis=1)
+        if POWER > DIRECT_POWER:
+            size = tl.sqrt(tl.where(first == 0.0, 1.0, first))[:, None]
+    flat = batch * L + at + row
+    tl.store(norms + flat, first, mask=at + row < L)
+    tl.store(norms + TOTAL + flat, second, mask=at + row < L)
+
+
+def aot_cases() -> list[AotCase]:
+    """The norms of twelve heads of 128."""
+    shape = {"H": 12, "D": 128, "W": 128, "SIDE": 1, "ROWS": 64, "POWER": 3}
+    return [aot_case("linear_norms", norms_kernel, (80, 90), (8, 3), shape, ("norms",))]

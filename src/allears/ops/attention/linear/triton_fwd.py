@@ -14,7 +14,6 @@ import triton.language as tl
 
 from allears.ops.aot import AotCase
 from allears.ops.attention.linear.triton_features import (
-    DIRECT_POWER,
     UNIT,
     add_rows,
     aot_case,
@@ -25,62 +24,10 @@ from allears.ops.attention.linear.triton_features import (
     outer_product,
     part_of,
     per_head,
-    rectified,
     row_product,
     spread,
     store_tile,
-    to_power,
 )
-
-
-@triton.jit(do_not_specialize=["L", "TOTAL"])
-def norms_kernel(
-    x,
-    scale,
-    norms,
-    x_stride_b,
-    x_stride_l: tl.constexpr,
-    x_stride_h,
-    x_stride_d,
-    L,
-    TOTAL,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    POWER: tl.constexpr,
-    ROWS: tl.constexpr,
-    SIDE: tl.constexpr,
-    W: tl.constexpr,
-):
-    """A tile of rows: the squares of base and base^p (see ``triton_features.py``), summed over all heads, to norms (2,
-    TOTAL)."""
-    at = tl.program_id(0) * ROWS
-    batch = tl.program_id(1).to(tl.int64)
-    row = tl.arange(0, ROWS)
-    MASKED: tl.constexpr = H % SIDE != 0 or D != W
-    first = tl.zeros((ROWS,), tl.float32)
-    second = tl.zeros((ROWS,), tl.float32)
-    size = tl.zeros((ROWS, 1), tl.float32) + 1.0
-    for turn in tl.static_range(1 if POWER <= DIRECT_POWER else 2):
-        for group in range((H + SIDE - 1) // SIDE):
-            head, within, real = channels(group, H, D, SIDE, W)
-            offset = row[:, None] * x_stride_l + (head * x_stride_h + within * x_stride_d)[None, :]
-            tile = load_tile(x + batch * x_stride_b, batch * 0, at, offset, row, L, x_stride_l, real, MASKED).to(
-                tl.float32
-            )
-            inverse = tl.zeros((SIDE * W,), tl.float32) + UNIT
-            if scale is not None:
-                inverse = UNIT / tl.load(scale + head * D + within, mask=real, other=1.0)
-            y = rectified(tile, inverse, real, MASKED)
-            if turn == 0:
-                first += tl.sum(y * y, axis=1)
-            if turn == 1 or POWER <= DIRECT_POWER:
-                top = to_power(y / size, POWER)
-                second += tl.sum(top * top, axis=1)
-        if POWER > DIRECT_POWER:
-            size = tl.sqrt(tl.where(first == 0.0, 1.0, first))[:, None]
-    flat = batch * L + at + row
-    tl.store(norms + flat, first, mask=at + row < L)
-    tl.store(norms + TOTAL + flat, second, mask=at + row < L)
 
 
 @triton.jit(do_not_specialize=["L", "TOTAL"])
@@ -437,12 +384,11 @@ def output_kernel(
 
 
 def aot_cases() -> list[AotCase]:
-    """Both passes at head size 64 and 16 (8 heads a program) and 128 (one), and the smaller kernels."""
+    """Both passes at head size 64 and 16 (8 heads a program) and 128 (one), and what adds the parts."""
     wide = {"H": 8, "D": 64, "W": 64, "SIDE": 8, "ROWS": 16, "KIND": "focused", "POWER": 3, "NORM": "channels"}
     small = {**wide, "D": 16, "W": 16}
     single = {**wide, "D": 128, "W": 128, "SIDE": 1, "ROWS": 64, "NORM": "given"}
     conv = ("scale", "conv", "bias")
-    norms = {"H": 12, "D": 128, "W": 128, "SIDE": 1, "ROWS": 64, "POWER": 3}
     mean = {"MATRIX": 8 * 64 * 64, "SUMS": 8 * 64, "STEP": 16, "BLOCK": 128}
     chips, two = (80, 90, 100, 120), (80, 90)
     return [
@@ -452,8 +398,8 @@ def aot_cases() -> list[AotCase]:
         aot_case("linear_states_128", states_kernel, two, (8, 2), single, ("norms",)),
         aot_case("linear_states_weighted", states_kernel, two, (8, 2), wide, ("weight", "shift"), spills=True),
         aot_case("linear_output_64", output_kernel, chips, (8, 2), {**wide, "TAPS": 5}, conv),
-        aot_case("linear_output_16", output_kernel, chips, (4, 3), {**small, "TAPS": 5}, conv),
+        aot_case("linear_output_16", output_kernel, (80, 90, 100), (4, 3), {**small, "TAPS": 5}, conv),
+        aot_case("linear_output_16_120", output_kernel, (120,), (4, 3), {**small, "TAPS": 5}, conv, True),  # 8 bytes
         aot_case("linear_output_128", output_kernel, two, (8, 2), {**single, "TAPS": 0}, ("norms",)),
         aot_case("linear_mean", mean_kernel, two, (4, 3), mean),
-        aot_case("linear_norms", norms_kernel, two, (8, 3), norms, ("norms",)),
     ]

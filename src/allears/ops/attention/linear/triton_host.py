@@ -18,7 +18,8 @@ import triton
 from torch import Tensor
 
 from allears.ops.attention.linear.triton_bwd import keys_gradient_kernel, queries_gradient_kernel
-from allears.ops.attention.linear.triton_fwd import mean_kernel, norms_kernel, output_kernel, states_kernel
+from allears.ops.attention.linear.triton_features import norms_kernel
+from allears.ops.attention.linear.triton_fwd import mean_kernel, output_kernel, states_kernel
 
 LARGEST_HEAD = 128
 _INTERPRETED_PROCESSORS = 2
