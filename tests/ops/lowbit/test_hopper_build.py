@@ -10,8 +10,6 @@ from allears.ops import nvrtc
 from allears.ops.aot import _read_cubin
 from allears.ops.attention.lowbit.hopper import host
 
-HEADERS = ("common.cuh", "mma.cuh")
-
 
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch, tmp_path):
@@ -25,9 +23,9 @@ def compiler(monkeypatch, tmp_path):
 
 def build(file, caplog, change=("", ""), **defines):
     """Machine code of a kernel file for sm_90a, and what the compiler said; ``change`` is made in the headers."""
-    headers = {name: host.source(name).replace(*change) for name in HEADERS}
+    headers = {name: text.replace(*change) for name, text in host.headers().items()}
     with caplog.at_level(logging.INFO, logger="allears.ops.nvrtc"):
-        code = nvrtc.compile_cubin(host.source(file), file, headers, defines, flags=["--ptxas-options=-v"])
+        code = nvrtc.compile_cubin(host.sources()[file], file, headers, defines, flags=["--ptxas-options=-v"])
     return code, caplog.text
 
 

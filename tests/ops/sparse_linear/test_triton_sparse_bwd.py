@@ -34,7 +34,7 @@ from allears.ops.attention.sparse_linear.ops_backward import sparse_linear_atten
 from allears.ops.attention.sparse_linear.triton_bwd_host import (  # noqa: E402
     BackwardLaunch,
     column_lists,
-    gathered_call,
+    gather_call,
     sparse_linear_backward_triton,
 )
 from allears.ops.attention.sparse_linear.triton_host import sparse_linear_forward_triton  # noqa: E402
@@ -217,7 +217,7 @@ def test_tiles_and_groups_of_any_size_give_the_same(size, launch):
     blocks = Blocks(*(x.to(DEVICE) if x is not None else None for x in random_blocks(q.cpu(), k.cpu(), options)))
     ratio = random_ratio(q.cpu(), options).to(DEVICE)
     made = sparse_linear_forward_triton(q, k, v, blocks, ratio, options, scale=0.2)
-    call = gathered_call(q, k, v, blocks, options, False, None, None, None, None, made.k_mean)
+    call = gather_call(q, k, v, blocks, options, False, None, None, None, None, made.k_mean)
     given = (torch.randn_like(q), None, call, made.out, made.lse, ratio, 0.2)
     plainly = sparse_linear_backward_triton(*given)
     again = sparse_linear_backward_triton(*given)

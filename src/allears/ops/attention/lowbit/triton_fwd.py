@@ -46,7 +46,7 @@ def load_values(v, token, channel, stride_l, stride_d, LENGTH, D, MASKED: tl.con
 
 
 @triton.jit
-def _tile(
+def int8_tile(
     acc,
     row_sum,
     row_max,
@@ -197,7 +197,7 @@ def int8_forward_kernel(
     least_unit = 0.0
     for masked in tl.static_range(2):
         for start in range(plain_end if masked else 0, end if masked else plain_end, KEYS):
-            acc, row_sum, row_max, unit, least_unit = _tile(
+            acc, row_sum, row_max, unit, least_unit = int8_tile(
                 acc,
                 row_sum,
                 row_max,

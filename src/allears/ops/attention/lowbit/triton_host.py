@@ -110,7 +110,7 @@ def backward_launch(
     return Launch(128, 8, 2 if keys <= shared_bytes else 1), Launch(128, 8, 2 if queries <= shared_bytes else 1)
 
 
-def _chip(device: torch.device) -> tuple[int, int]:
+def chip_of(device: torch.device) -> tuple[int, int]:
     """Major compute capability, and bytes of shared memory that a block may take."""
     return _gpu(device.index) if device.type == "cuda" else (9, HOPPER_SHARED_BYTES)
 
@@ -158,7 +158,7 @@ def _forward(
     if not q8.numel():
         return lse
     wide = pv == "fp16" and v.dtype == torch.float32
-    launch = launch or forward_launch(pv, sizes.padded, wide, *_chip(v.device))
+    launch = launch or forward_launch(pv, sizes.padded, wide, *chip_of(v.device))
     tiles = sizes.query_tiles(launch.rows)
     int8_forward_kernel[(tiles * sizes.batch * sizes.heads,)](
         q8,
@@ -347,7 +347,7 @@ def sagebwd_backward(
     sequences = saved.cu_q.shape[0] - 1 if saved.cu_q is not None else 0
     sizes = Sizes(batch, queries, keys, heads, groups, size, padded, sequences, saved.k_scale.shape[2], packed)
     factor = softmax_scale(scale, size)
-    of_keys, of_queries = launches or backward_launch(padded, per_tile, v.dtype == torch.float32, _chip(v.device)[1])
+    of_keys, of_queries = launches or backward_launch(padded, per_tile, v.dtype == torch.float32, chip_of(v.device)[1])
     if of_queries.rows not in (64, 128) or of_keys.rows not in ((KEY_BLOCK,) if per_tile else (32, 64, 128)):
         raise ValueError(
             f"launches: {of_keys.rows} keys and {of_queries.rows} queries given; the scales of {options.grad_scales!r} "

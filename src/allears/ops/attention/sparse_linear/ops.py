@@ -8,6 +8,8 @@ heads, G key heads, D head size, N_q and N_k blocks (of the longest sequence), R
 import torch
 from torch import Tensor
 
+LARGEST_ROW = 16_384  # key blocks that a program of the router can hold
+
 
 def _entries(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

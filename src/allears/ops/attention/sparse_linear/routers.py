@@ -19,6 +19,7 @@ from allears.ops.attention.lowbit.backends import triton_missing
 from allears.ops.attention.lowbit.inputs import DTYPES, LARGEST_HEAD_SIZE
 from allears.ops.attention.sparse_linear.blocks import Blocks, Geometry, blocks_from_order
 from allears.ops.attention.sparse_linear.ops import (
+    LARGEST_ROW,
     list_width,
     sparse_linear_pool,
     sparse_linear_pool_keys,
@@ -26,7 +27,6 @@ from allears.ops.attention.sparse_linear.ops import (
 )
 from allears.ops.attention.sparse_linear.options import SparseLinear
 
-_LARGEST_ROW = 16_384  # key blocks that the kernel can rank
 _SPARE = 1e-4  # so that 0.05 of 20 blocks is 1 block, not 0.99999
 
 
@@ -230,7 +230,7 @@ def _ranked(scores: Tensor, keep: float, geometry: Geometry) -> tuple[Tensor, Te
 
 
 def _rank_by_kernel(scores: Tensor) -> bool:
-    return _by_kernel(scores) and scores.dtype == torch.float32 and scores.shape[-1] <= _LARGEST_ROW
+    return _by_kernel(scores) and scores.dtype == torch.float32 and scores.shape[-1] <= LARGEST_ROW
 
 
 def _routed(scores: Tensor, keep: float | None, mass: float | None, geometry: Geometry) -> Blocks:

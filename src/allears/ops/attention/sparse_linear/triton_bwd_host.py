@@ -13,15 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from allears.ops.attention.lowbit.triton_host import HOPPER_SHARED_BYTES
-from allears.ops.attention.lowbit.triton_host import _chip as chip_of
+from allears.ops.attention.lowbit.triton_host import HOPPER_SHARED_BYTES, chip_of
 from allears.ops.attention.lowbit.triton_quant import on_hardware
 from allears.ops.attention.sparse_linear.blocks import Blocks
 from allears.ops.attention.sparse_linear.options import SparseLinear
 from allears.ops.attention.sparse_linear.triton_bwd_keys import columns_kernel, linear_keys_kernel, sparse_keys_kernel
 from allears.ops.attention.sparse_linear.triton_bwd_queries import linear_queries_kernel, sparse_queries_kernel
-from allears.ops.attention.sparse_linear.triton_host import LOG2_E, Call, Repeated, prepared, unit_bytes
-from allears.ops.attention.sparse_linear.triton_host import gather_call as gathered_call
+from allears.ops.attention.sparse_linear.triton_host import LOG2_E, Call, Repeated, gather_call, prepared, unit_bytes
 
 _COLUMNS = 32  # key blocks, and
 _STEP = 128  # query blocks, that a program of the lists by column takes at once
@@ -166,7 +164,7 @@ def packed_backward(
     """:func:`sparse_linear_backward_triton` of ``operands`` q, k, v as the caller of the forward has them: (B, L,
     heads, D), or packed (T, heads, D), with d_out, d_linear and out like q, and lse (B, H, L_q) or (H, T_q).
     """
-    call = gathered_call(*operands, blocks, options, causal, cu_q, cu_k, longest_q, longest_k, k_mean)
+    call = gather_call(*operands, blocks, options, causal, cu_q, cu_k, longest_q, longest_k, k_mean)
     if cu_q is not None:
         d_out, out, lse = d_out.unsqueeze(0), out.unsqueeze(0), lse.unsqueeze(0)
         d_linear = d_linear.unsqueeze(0) if d_linear is not None else None

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from allears.ops.aot import AotCase
-from allears.ops.attention.lowbit.triton_fwd import _tile as int8_tile
+from allears.ops.attention.lowbit.triton_fwd import int8_tile
 from allears.ops.attention.lowbit.triton_quant import inverse_of, largest, load_rows, scale_of, to_int8
 from allears.ops.attention.sparse_linear.triton_pool import entry_rows
 from allears.ops.attention.sparse_linear.triton_states import feature_values

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from allears.ops.attention.lowbit.inputs import softmax_scale
-from allears.ops.attention.lowbit.triton_host import HOPPER_SHARED_BYTES, LOG2_E, Launch, missing_for
-from allears.ops.attention.lowbit.triton_host import _chip as chip_of
+from allears.ops.attention.lowbit.triton_host import HOPPER_SHARED_BYTES, LOG2_E, Launch, chip_of, missing_for
 from allears.ops.attention.lowbit.triton_quant import on_hardware, padded_head_size
 from allears.ops.attention.sparse_linear.blocks import Blocks, Geometry
 from allears.ops.attention.sparse_linear.options import SparseLinear

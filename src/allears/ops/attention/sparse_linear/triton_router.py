@@ -15,9 +15,7 @@ from torch import Tensor
 
 from allears.ops.aot import AotCase
 from allears.ops.attention.sparse_linear.blocks import Blocks
-from allears.ops.attention.sparse_linear.ops import list_width
-
-LARGEST_ROW = 16_384  # key blocks that a program can hold
+from allears.ops.attention.sparse_linear.ops import LARGEST_ROW, list_width
 
 
 @triton.jit

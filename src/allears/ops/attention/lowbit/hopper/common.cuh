@@ -157,6 +157,15 @@ DEVICE u32 pack16(float lo, float hi) {
   return r;
 }
 
+struct Row2 {  // the two rows that a thread holds: g and g + 8 of its warp
+  float a, b;
+};
+
+DEVICE int quad_max(int x) {  // over the four threads of a row
+  x = max(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return max(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
 // ---- warpgroup matrix products
 
 DEVICE void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

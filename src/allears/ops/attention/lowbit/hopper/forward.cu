@@ -79,14 +79,6 @@ DEVICE bool take(const Params& p, int index, Item& it) {
   return true;
 }
 
-struct Row2 {  // the two rows that a thread holds: g and g + 8 of its warp
-  float a, b;
-};
-
-DEVICE int quad_max(int x) {
-  x = max(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return max(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
 #if !ONES
 DEVICE float quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);

@@ -38,15 +38,24 @@ class _ForwardParams(ctypes.Structure):
 
 
 @cache
-def source(name: str) -> str:
-    return (_FOLDER / name).read_text()
+def sources(folder: Path = _FOLDER) -> dict[str, str]:
+    """The kernel files of a folder and all headers that they may include: those of this folder, and its own."""
+    paths = [*_FOLDER.glob("*.cuh"), *folder.glob("*.cu*")]
+    return {path.name: path.read_text() for path in sorted(paths)}
+
+
+def headers(folder: Path = _FOLDER) -> dict[str, str]:
+    """Those of :func:`sources` that are no kernel files."""
+    return {name: text for name, text in sources(folder).items() if name.endswith(".cuh")}
 
 
 @cache
-def kernel(file: str, function: str, device: torch.device, shared_bytes: int, **defines: int) -> Kernel:
-    """The compiled kernel ``function`` of ``file``."""
-    headers = {name: source(name) for name in ("common.cuh", "mma.cuh")}
-    return Kernel(compile_cubin(source(file), file, headers, defines), function, device, shared_bytes)
+def kernel(
+    file: str, function: str, device: torch.device, shared_bytes: int, folder: Path = _FOLDER, **defines: int
+) -> Kernel:
+    """The compiled kernel ``function`` of ``file`` in ``folder``."""
+    code = compile_cubin(sources(folder)[file], file, headers(folder), defines)
+    return Kernel(code, function, device, shared_bytes)
 
 
 class QuantisedKV(NamedTuple):

@@ -54,19 +54,11 @@ struct Params {
   float scale;           // softmax scale * log2 e
 };
 
-struct Row2 {  // the two rows that a thread holds: g and g + 8 of its warp
-  float a, b;
-};
-
 struct Meta {  // of a key block: the scale of K, and how many keys there are from its first on
   float scale;
   int limit;
 };
 
-DEVICE int quad_max(int x) {
-  x = max(x, __shfl_xor_sync(ALL, x, 1));
-  return max(x, __shfl_xor_sync(ALL, x, 2));
-}
 struct Item {
   int tile, b, h, kv, at;  // query block; batch; head of all; key head of this launch's; place in rows / width, counts and ratio
 };

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from allears.ops.attention.lowbit.hopper import host as lowbit_host
-from allears.ops.nvrtc import Kernel, compile_cubin, tensor_map
+from allears.ops.attention.lowbit.hopper.host import kernel
+from allears.ops.attention.sparse_linear.ops_hopper import BLOCK_K, BLOCK_Q
+from allears.ops.nvrtc import Kernel, tensor_map
 
 HEAD_DIM = 128
-BLOCK_Q, BLOCK_K = 128, 64
 _PART = 512  # tokens of a block of threads in statistics
 _COLUMNS = 136  # of h: the channels of V, one of ones, and what fills up to a multiple of 8
 _K_STAGES, _V_STAGES, _TOTALS_STAGES = 3, 4, 8
@@ -26,7 +26,7 @@ _V_STAGE = _COLUMNS * BLOCK_K + HEAD_DIM * BLOCK_K
 _SHARED = 4 * 128 * 128 + 2 * 128 * 128 + _K_STAGES * BLOCK_K * 128 + _V_STAGES * _V_STAGE + 2 * _COLUMNS * 128 + 1024
 _TOTALS_SHARED = _TOTALS_STAGES * _V_STAGE + 1024
 _SHARES_FRACTION = 0.012  # of the bytes of q, k and v: for shares of sums
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 class _PrepareParams(ctypes.Structure):
@@ -62,13 +62,8 @@ class _ForwardParams(ctypes.Structure):
     ) + (("scale", c_float),)  # fmt: skip
 
 
-@cache
 def _kernel(file: str, function: str, device: torch.device, shared_bytes: int, half: bool) -> Kernel:
-    headers = {name: lowbit_host.source(name) for name in ("common.cuh", "mma.cuh")}
-    headers["mma_wide.cuh"] = (_FOLDER / "mma_wide.cuh").read_text()
-    source = (_FOLDER / file).read_text()
-    code = compile_cubin(source, f"sparse_{file}", headers, {"HEAD_DIM": HEAD_DIM, "IN_FP16": int(half)})
-    return Kernel(code, function, device, shared_bytes)
+    return kernel(file, function, device, shared_bytes, FOLDER, HEAD_DIM=HEAD_DIM, IN_FP16=int(half))
 
 
 def statistics(q: Tensor, k: Tensor, v: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -146,7 +141,8 @@ def _prepare_params(
 
 def _turns(q: Tensor, k: Tensor, v: Tensor, scratch_fraction: float, multiprocessors: int) -> tuple[int, int]:
     """Key heads to take at once, at least 1, and shares of their keys in linear_totals, so that scratch stays within
-    the fraction of the bytes of q, k and v."""
+    the fraction of the bytes of q, k and v.
+    """
     batch, keys, groups, _ = k.shape
     bytes_all = sum(x.numel() * x.element_size() for x in (q, k, v))
     shares = min(_SHARES_FRACTION, scratch_fraction / 4)
