@@ -31,7 +31,7 @@ class Backend:
             (T_k, G, D); and ``options``, the spec's ``LowBit``, in every family but ``exact``. Inputs are not changed.
         refuses: why a call does not fit, or ``""``. Of the call it sees the facts alone, and the answer is kept.
         missing: what this machine lacks for it, or ``""``; torch.compile takes its answer as a constant where it is
-            marked ``torch.compiler.assume_constant_result``.
+            marked :func:`~allears.ops.constant.constant_in_graphs`.
         trains: whether it has a backward under this spec; gradients asked of a kernel without one are an error.
         ragged: takes packed sequences without padding, and causal with L_q < L_k without a mask; for such calls
             ``auto`` tries these kernels first.

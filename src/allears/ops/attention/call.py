@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from allears.ops.constant import constant_in_graphs
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -63,7 +65,7 @@ class Facts(NamedTuple):
     tracing: bool
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 

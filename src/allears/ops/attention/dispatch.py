@@ -14,6 +14,7 @@ from allears.ops.attention.dense.flash4 import flash4_backends
 from allears.ops.attention.dense.reference import reference_attention
 from allears.ops.attention.dense.sdpa import sdpa_backends
 from allears.ops.attention.spec import AttentionSpec, Numerics
+from allears.ops.constant import constant_in_graphs
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def backends(numerics: Numerics = "exact", sparse: bool = False) -> tuple[Backen
     return _lowbit[numerics]
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _load_lowbit() -> str:
     """Fill ``_lowbit`` from the low-bit families at their first use; why they cannot be imported, or ``""``."""
     if not _lowbit:
@@ -79,7 +80,7 @@ def _load_lowbit() -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _load_sparse() -> None:
     """Fill ``_sparse`` at its first use: the family imports this file."""
     if not _sparse:

@@ -20,6 +20,7 @@ from allears.ops.attention.backend import Backend
 from allears.ops.attention.call import Facts
 from allears.ops.attention.dense.sdpa import HALF, no_gpu
 from allears.ops.attention.spec import AttentionSpec
+from allears.ops.constant import constant_in_graphs
 
 
 def _call(
@@ -110,7 +111,7 @@ def flash4_attention(
     return (out, lse.masked_fill(lse == math.inf, -math.inf)) if return_lse else out
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _missing() -> str:
     try:
         found = importlib.util.find_spec("flash_attn.cute") is not None

@@ -19,6 +19,7 @@ from allears.ops.attention.dense.flash import flash_cpu, flash_packed
 from allears.ops.attention.dense.masks import sight, zero_blind
 from allears.ops.attention.dense.packing import run_padded
 from allears.ops.attention.spec import AttentionSpec
+from allears.ops.constant import constant_in_graphs
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -142,7 +143,7 @@ def _flash_gpu(
     return out, lse if len(shape) == 3 else lse.unflatten(1, shape[:2]).transpose(0, 1)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def no_gpu() -> str:
     """Why no CUDA GPU can be used, or ``""``."""
     return "" if torch.cuda.is_available() else "no CUDA GPU answers"

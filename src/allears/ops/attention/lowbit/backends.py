@@ -22,6 +22,7 @@ from allears.ops.attention.lowbit.ops_sagebwd import sagebwd_hopper, sagebwd_tri
 from allears.ops.attention.lowbit.ops_sagebwd_reference import sagebwd_reference
 from allears.ops.attention.lowbit.options import LowBit
 from allears.ops.attention.spec import AttentionSpec
+from allears.ops.constant import constant_in_graphs
 
 Result = Tensor | tuple[Tensor, Tensor]
 Trains = Callable[[AttentionSpec], bool]
@@ -138,13 +139,13 @@ def run_reference(
 # --- what is missing
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def hopper_missing() -> str:
     """Why kernels for Hopper cannot be compiled here, or ``""``."""
     return nvrtc.available()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def triton_missing() -> str:
     """Why Triton's kernels cannot run here, or ``""``."""
     if importlib.util.find_spec("triton") is None:
@@ -152,7 +153,7 @@ def triton_missing() -> str:
     return "" if torch.cuda.is_available() or interpreted() else "no CUDA GPU answers"
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def interpreted() -> bool:
     """Whether Triton interprets its kernels on the CPU, as it does where TRITON_INTERPRET=1 is set."""
     if os.environ.get("TRITON_INTERPRET", "0") == "0":

@@ -18,6 +18,7 @@ from allears.ops.attention.lowbit.inputs import DTYPES, LARGEST_HEAD_SIZE
 from allears.ops.attention.sparse_linear.ops_hopper import sparse_linear_hopper
 from allears.ops.attention.sparse_linear.options import SparseLinear
 from allears.ops.attention.sparse_linear.reference import sparse_linear_reference
+from allears.ops.constant import constant_in_graphs
 
 Run = Callable[..., tuple[Tensor, Tensor]]
 _HOPPER_HEAD_SIZE = 128
@@ -64,7 +65,7 @@ def _run_triton(*args: Any, **more: Any) -> tuple[Tensor, Tensor]:
     return sparse_linear_triton(*args, **more)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _hopper_missing() -> str:
     return nvrtc.available()
 
