@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from typing import Any
 
 Enhance = Callable[[Any], Any]  # (T,) float32 at 16 kHz -> (T,) float32, in time with the input
+Separate = Callable[[Any], Any]  # (T,) float32 at 16 kHz -> (J, T) float32, a talker each
 Make = Callable[..., Any]
 
 CASES: dict[str, type] = {}
@@ -35,6 +36,10 @@ _CASE_MODULES = (
     "sagebwd_pretrain",
     "nvfp4",
     "sla2_quality",
+    "separate_cost",
+    "separate",
+    "separate_conversation",
+    "separate_speed",
 )
 
 

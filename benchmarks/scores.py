@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from allears.audio.metrics import bootstrap_interval, collect_reasons, paired_bootstrap_interval, score_clip
+from allears.audio.metrics import Interval, bootstrap_interval, collect_reasons, paired_bootstrap_interval, score_clip
 
 from .results import row
 
@@ -94,12 +94,13 @@ def summarise(
         for name in systems if clips else ():
             for metric in metrics:
                 values = [by_clip[clip, name].scores[metric] for clip in clips]
-                rows.append(_interval_row(case, name, metric, bootstrap_interval(values)))
+                rows.append(interval_row(case, name, metric, bootstrap_interval(values)))
                 if name != baseline and baseline in systems:
                     base = [by_clip[clip, baseline].scores[metric] for clip in clips]
-                    rows.append(_interval_row(case, name, f"{metric}_gain", paired_bootstrap_interval(values, base)))
+                    rows.append(interval_row(case, name, f"{metric}_gain", paired_bootstrap_interval(values, base)))
     return rows
 
 
-def _interval_row(case: str, system: str, metric: str, interval: Any) -> dict[str, Any]:
+def interval_row(case: str, system: str, metric: str, interval: Interval) -> dict[str, Any]:
+    """A result row of a mean and its interval."""
     return row(case, system, metric, interval.mean, interval.low, interval.high, interval.n)

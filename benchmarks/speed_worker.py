@@ -1,8 +1,10 @@
-"""One measurement of ``enhance_speed``: started as a process of its own, prints one JSON object on its last line."""
+"""One measurement of a speed case: started as a process of its own, prints one JSON object on its last line."""
 
 import contextlib
 import json
 import os
+import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -24,25 +26,26 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         import torch
 
         torch.set_num_threads(job["threads"])
-    enhance = systems_for("enhance", (job["system"],))[0].load(**job["options"])
-    enhance(np.random.default_rng(0).normal(0, 0.05, RATE_HZ).astype(np.float32))
-    source, destination = Path(job["source"]), Path(job["destination"])
-    destination.unlink(missing_ok=True)
-    enhancer = getattr(enhance, "enhancer", None)
-    start = time.perf_counter()
-    if enhancer is not None:
-        how = "its own process_file, in bounded memory"
-        steps = {key: value for key, value in job["options"].items() if key != "name_or_folder"}
-        enhancer.process_file(source, destination, **steps)
-    else:
-        how = "the whole file in memory"
-        audio, rate = sf.read(source, dtype="float32")
-        sf.write(destination, enhance(audio), rate, "PCM_16")
-    seconds = time.perf_counter() - start
-    frames_in, frames_out = sf.info(source).frames, sf.info(destination).frames
-    if frames_in != frames_out:
+    system = systems_for(job["task"], (job["system"],))[0].load(**job["options"])
+    system(np.random.default_rng(0).normal(0, 0.05, RATE_HZ).astype(np.float32))
+    source, folder = Path(job["source"]), Path(job["folder"])
+    process_file = getattr(system, "process_file", None)
+    seconds = []
+    for _ in range(job["repeats"]):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        start = time.perf_counter()
+        if process_file is not None:
+            process_file(source, folder)
+        else:
+            audio, rate = sf.read(source, dtype="float32")
+            sf.write(folder / "out.wav", np.asarray(system(audio)).T, rate, "PCM_16")
+        seconds.append(time.perf_counter() - start)
+    frames_in, frames_out = sf.info(source).frames, [sf.info(path).frames for path in sorted(folder.iterdir())]
+    if set(frames_out) != {frames_in}:
         raise ValueError(f"{job['system']}: {frames_in} frames went in, {frames_out} came out")
-    return {"seconds": seconds, "peak_rss_gb": peak_rss_gb(), "how": how}
+    how = "the whole file in memory" if process_file is None else "its own process_file, in bounded memory"
+    return {"seconds": statistics.median(seconds), "peak_rss_gb": peak_rss_gb(), "how": how}
 
 
 def peak_rss_gb() -> float:

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 import soundfile as sf
-from benchmarks.enhance_speed import EnhanceSpeedCase, write_recording
+from benchmarks.enhance_speed import EnhanceSpeedCase
+from benchmarks.speed import write_recording
 
 from benchmarks import registry
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from benchmarks.enhance import check_alignment
-from benchmarks.enhance_speed import synthetic_voice
 from benchmarks.registry import systems_for
+from benchmarks.speed import synthetic_voice
 from benchmarks.systems.frames import through_48_khz
 
 from allears.audio.metrics import delay_samples, si_sdr_db

@@ -17,6 +17,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from allears.audio.report_axes import Strip, decimals, show_strips, ticks, x_axis, y_axis
 from allears.audio.report_style import SCRIPT, STYLE
 from allears.audio.spectrogram import as_channels, colour_map, level_range_db, spectrogram_db, spectrogram_png
 
@@ -46,13 +47,17 @@ class Track:
 
 @dataclass(frozen=True)
 class ReportEntry:
-    """Tracks to compare, on one time axis and one colour scale. ``facts`` are shown as "name value" below the title."""
+    """Tracks to compare, on one time axis and one colour scale.
+
+    ``facts`` are shown as "name value" below the title, and ``strips`` below those, over ``duration_s``.
+    """
 
     title: str
     tracks: Sequence[Track]
     elapsed_s: float | None = None
     duration_s: float | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
+    strips: Sequence[Strip] = ()
 
 
 def write_report(
@@ -128,6 +133,7 @@ def _card(entry: ReportEntry) -> str:
     return f"""<article>
 <h2>{escape(entry.title)}</h2>
 {_facts({**_timing(entry), **entry.facts})}
+{show_strips(entry.strips, entry.duration_s or 0.0)}
 {_scores(entry.tracks)}
 <div class="tracks">
 {shown}
@@ -191,19 +197,19 @@ def _track(
     if channels > 2:
         notes.append("played as the mean of all channels")
     name, picture = escape(track.name), _uri("image/png", spectrogram_png(level, low, high))
-    seconds, step = _ticks(duration_s, 5)
-    times = [(at / duration_s, f"{at:.{_decimals(step)}f}") for at in seconds]
-    khz, step = _ticks(rate / 2000, 5)
-    frequencies = [(at / (rate / 2000), f"{at:.{_decimals(step)}f}") for at in khz]
+    seconds, step = ticks(duration_s, 5)
+    times = [(at / duration_s, f"{at:.{decimals(step)}f}") for at in seconds]
+    khz, step = ticks(rate / 2000, 5)
+    frequencies = [(at / (rate / 2000), f"{at:.{decimals(step)}f}") for at in khz]
     frequencies[-1] = (frequencies[-1][0], f"{frequencies[-1][1]} kHz")
     return f"""<section class="track">
 <h3>{name}</h3>
 <p class="note">{escape("; ".join(notes))}</p>
 <audio controls preload="metadata" src="{_player(clip, rate)}"></audio>
-<div class="plot wave">{_y_axis([(0.5, "0"), (1.0, f"{max(peak, 1e-4):.2g}")])}
+<div class="plot wave">{y_axis([(0.5, "0"), (1.0, f"{max(peak, 1e-4):.2g}")])}
 <div class="field">{_waveform(clip, peak)}</div></div>
-<div class="plot">{_y_axis(frequencies)}<div class="field"><img src="{picture}" alt="spectrogram of {name}"></div>
-{_x_axis(times)}</div>
+<div class="plot">{y_axis(frequencies)}<div class="field"><img src="{picture}" alt="spectrogram of {name}"></div>
+{x_axis(times)}</div>
 </section>"""
 
 
@@ -237,33 +243,6 @@ def _scale(low: float, high: float) -> str:
         f'<i style="background: linear-gradient(to right, {stops})"></i><span>{high:.0f} dB</span>'
         "<span>frequency upwards, time to the right</span></div>"
     )
-
-
-def _ticks(limit: float, most: int) -> tuple[list[float], float]:
-    """Round numbers from 0 up to ``limit``, at most ``most`` steps of 1, 2 or 5 times a power of ten; and the step."""
-    power = 10.0 ** np.floor(np.log10(limit / most))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power * most >= limit * (1 - 1e-9))
-    return [float(i * step) for i in range(int(limit / step + 1e-9) + 1)], float(step)
-
-
-def _decimals(step: float) -> int:
-    return max(0, int(-np.floor(np.log10(step) + 1e-9)))
-
-
-def _y_axis(ticks: list[tuple[float, str]]) -> str:
-    spans = ""
-    for share, label in ticks:
-        side = ' class="bottom"' if share < 0.02 else ' class="top"' if share > 0.98 else ""
-        spans += f'<span{side} style="bottom: {100 * share:.1f}%">{label}</span>'
-    return f'<div class="y">{spans}</div>'
-
-
-def _x_axis(ticks: list[tuple[float, str]]) -> str:
-    spans = ""
-    for share, label in ticks:
-        side = ' class="first"' if share < 0.02 else ' class="last"' if share > 0.96 else ""
-        spans += f'<span{side} style="left: {100 * share:.1f}%">{label} s</span>'
-    return f'<div class="x">{spans}</div>'
 
 
 def clock(seconds: float) -> str:

@@ -37,6 +37,10 @@ audio { display: block; width: 100%; height: 2.5rem; margin: .5rem 0; }
 .field { position: relative; height: 12rem; border-radius: .25rem; overflow: hidden; background: #000; }
 .field img, .field svg { position: absolute; inset: 0; width: 100%; height: 100%; display: block; }
 .wave .field { height: 4.5rem; background: var(--page); color: var(--wave); }
+.strips { display: grid; grid-template-columns: max-content minmax(0, 1fr); column-gap: .6rem; row-gap: .25rem;
+  align-items: center; margin-top: .75rem; font-size: .72rem; color: var(--faint); }
+.strips svg { width: 100%; height: .9rem; display: block; border-radius: .2rem; background: var(--page);
+  fill: var(--wave); }
 .scale { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; margin-top: .75rem; font-size: .72rem;
   color: var(--faint); }
 .scale i { display: block; flex: 0 0 9rem; height: .6rem; border-radius: .3rem; }

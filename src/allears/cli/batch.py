@@ -64,8 +64,19 @@ def prepare_outputs(folder: Path, destinations: Sequence[Path], overwrite: bool,
         raise PermissionError(errno.EACCES, "no permission to write into the folder", str(folder))
 
 
-def run_batch(targets: Sequence[Target], process: Process, resume: bool = False) -> tuple[list[Done], list[Failure]]:
+def _destination(target: Target, result: Any) -> str:
+    return str(target.destination)
+
+
+def run_batch(
+    targets: Sequence[Target],
+    process: Process,
+    resume: bool = False,
+    tell: Callable[[Target, Any], str] = _destination,
+) -> tuple[list[Done], list[Failure]]:
     """Process every target in order, and say so on stdout, a line a file; the bar is drawn on stderr of a terminal.
+
+    ``tell`` gives from a target and its result what was written.
 
     A file that raises ValueError, OSError or ImportError counts as failed and the rest goes on, except where the
     disk is full, which ends the run. Whatever else is raised, an interrupt too, passes through; finished files stay.
@@ -94,7 +105,7 @@ def run_batch(targets: Sequence[Target], process: Process, resume: bool = False)
                     done.append(Done(target, result))
                     rtf = result.elapsed_s / max(result.duration_s, 1e-9)
                     _say(
-                        f"{target.source} -> {target.destination}: {result.duration_s:.1f} s of audio in "
+                        f"{target.source} -> {tell(target, result)}: {result.duration_s:.1f} s of audio in "
                         f"{result.elapsed_s:.1f} s (real-time factor {rtf:.3f})"
                     )
             before += length

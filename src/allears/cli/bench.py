@@ -11,6 +11,7 @@ import tyro
 from allears import __version__
 from allears.bench.attention.settings import Settings
 from allears.bench.linear.settings import Settings as LinearSettings
+from allears.bench.separate.settings import Settings as SeparateSettings
 from allears.bench.sparse.settings import Settings as SparseSettings
 
 if TYPE_CHECKING:
@@ -99,4 +100,24 @@ class Linear(Bench):
         return run_and_show(cast(Any, self.settings), figure_path, measure, figure.draw)
 
 
-COMMANDS = {"attention": Attention, "sparse": Sparse, "linear": Linear}
+@dataclass
+class Separate(Bench):
+    """Time separators and read their memory from 5 s to 10 minutes, in three kinds of attention; needs no weights.
+
+    The optimised baseline is first compared with the published one. Writes separate_cost.json and separate_cost.png.
+    For instance "allears bench separate", "allears bench separate --quick", or
+    "allears bench separate --sizes T --lengths 30 60 --precision float32 bf16".
+    """
+
+    settings: tyro.conf.OmitArgPrefixes[SeparateSettings] = field(default_factory=SeparateSettings)
+    name: ClassVar[str] = "separate_cost"
+
+    def report(self, figure_path: Path) -> "Report":
+        from allears.bench.attention.show import run_and_show
+        from allears.bench.separate import figure
+        from allears.bench.separate.run import measure
+
+        return run_and_show(cast(Any, self.settings), figure_path, measure, figure.draw)
+
+
+COMMANDS = {"attention": Attention, "sparse": Sparse, "linear": Linear, "separate": Separate}

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,32 @@ LABELS = {
     "dnsmos_ovrl": "DNSMOS overall",
 }
 
+EARLIER = {"finished": "by an earlier run"}
+
+
+def check_page(page: Path) -> None:
+    """Refuse, before any work, to replace a foreign file by a report.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if page.exists() and not is_report(page):
+        raise ValueError(f"report: {str(page)!r} exists and is no report of allears; move it away")
+
+
+def write_page(
+    page: Path, title: str, done: Sequence[Done], entry: Callable[[Done], ReportEntry], summary: Mapping[str, str]
+) -> list[ReportEntry]:
+    """Draw the finished files and write the page; returns what it shows."""
+    entries = [entry(item) for item in done[:MAX_ENTRIES]]
+    facts = dict(summary)
+    if len(done) > MAX_ENTRIES:
+        facts["shown here"] = f"the first {MAX_ENTRIES} of {len(done)} files"
+    if any((shown.duration_s or 0) > CLIP_S and shown.tracks[0].scores for shown in entries):
+        facts["scores"] = f"over the first {CLIP_S:.0f} s of each file"
+    write_report(page, title, entries, facts)
+    return entries
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -44,8 +70,7 @@ class Comparison:
         Raises:
             ValueError: the page would replace a foreign file, or the reference does not fit the input.
         """
-        if self.page.exists() and not is_report(self.page):
-            raise ValueError(f"report: {str(self.page)!r} exists and is no report of allears; move it away")
+        check_page(self.page)
         if self.reference is None:
             return
         if len(sources) != 1:
@@ -60,22 +85,16 @@ class Comparison:
 
     def write(self, done: Sequence[Done], summary: Mapping[str, str]) -> dict[str, dict[str, float]]:
         """Score and draw the finished files, write the page, and return mean scores: track name to metric to value."""
-        entries = [self._entry(item) for item in done[:MAX_ENTRIES]]
-        facts = dict(summary)
-        if len(done) > MAX_ENTRIES:
-            facts["shown here"] = f"the first {MAX_ENTRIES} of {len(done)} files"
-        if any((entry.duration_s or 0) > CLIP_S and entry.tracks[0].scores for entry in entries):
-            facts["scores"] = f"over the first {CLIP_S:.0f} s of each file"
-        write_report(self.page, self.title, entries, facts)
+        entries = write_page(self.page, self.title, done, self._entry, summary)
         means = {name: _means(entries, index) for index, name in enumerate((self.before, self.after))}
         return means if any(means.values()) else {}
 
     def _entry(self, item: Done) -> ReportEntry:
         source, destination = item.target.source, item.target.destination
         length_s = probe(source).duration_s
-        noisy, rate = _start(source)
-        clean, clean_rate = _start(destination)
-        reference = _start(self.reference)[0] if self.reference else None
+        noisy, rate = start(source)
+        clean, clean_rate = start(destination)
+        reference = start(self.reference)[0] if self.reference else None
         return ReportEntry(
             title=str(destination),
             tracks=[
@@ -84,7 +103,7 @@ class Comparison:
             ],
             elapsed_s=item.result.elapsed_s if item.result else None,
             duration_s=item.result.duration_s if item.result else length_s,
-            facts={} if item.result else {"finished": "by an earlier run"},
+            facts={} if item.result else EARLIER,
         )
 
 
@@ -140,7 +159,7 @@ def total(done: Sequence[Done]) -> dict[str, str]:
     return facts
 
 
-def _start(path: Path) -> tuple[np.ndarray, int]:
+def start(path: Path) -> tuple[np.ndarray, int]:
     """The first ``CLIP_S`` seconds, (C, T), and the rate in Hz."""
     blocks: list[np.ndarray] = []
     with AudioReader(path, on_nonfinite="zero") as reader:

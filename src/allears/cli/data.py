@@ -1,4 +1,4 @@
-"""``allears data``: build, list, pack and verify the corpora."""
+"""``allears data``: build, list, pack and verify the corpora, and draw sets from them."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -195,7 +195,64 @@ class Text:
         return 0
 
 
-COMMANDS = {"prepare": Prepare, "list": ListCorpus, "pack": Pack, "text": Text, "verify": Verify}
+@dataclass
+class Talkers:
+    """Draw the fixed sets of mixtures that separation is judged on, as manifests: the same from the same corpus."""
+
+    folder: Annotated[Path, Positional]
+    """Folder of the corpus."""
+    out: Annotated[Path, Positional]
+    """Folder that receives a NAME.jsonl for each set."""
+    only: tuple[str, ...] = ()
+    """Names of sets, such as separate-clean2; all if none is given."""
+    seed: int = 5
+    """Another seed draws other sets."""
+
+    def run(self) -> int:
+        from allears.data.talker_sets import draw_sets
+        from allears.data.talkers import write_talkers
+
+        sets = draw_sets(self.folder, self.only, self.seed)
+        self.out.mkdir(parents=True, exist_ok=True)
+        for name, specs in sets.items():
+            write_talkers(self.out / f"{name}.jsonl", specs)
+            print(f"{self.out / name}.jsonl: {len(specs)} clips, {sum(s.frames for s in specs) / 16_000:.0f} s")
+        return 0
+
+
+@dataclass
+class Voices:
+    """Build a corpus of narrow-band voices, many actors told apart by their sound: full band at 8 kHz."""
+
+    folder: Annotated[Path, Positional]
+    """Folder of the corpus; not that of another one."""
+    packages: Path = Path("~/.cache/allears/packages")
+    """Folder with the .deb file; if missing, it is fetched into it with apt-get download."""
+    regroup: bool = False
+    """Embed and group all clips anew (needs allears[eval] and resemblyzer), in place of the grouping that ships."""
+    workers: int = 2
+    """Threads that decode."""
+
+    def run(self) -> int:
+        from allears.data.voices import prepare_voices
+
+        with progress_bar() as on_progress:
+            items = prepare_voices(
+                self.folder, self.packages, regroup=self.regroup, workers=self.workers, on_progress=on_progress
+            )
+        print_table(items, ("speaker",))
+        return 0
+
+
+COMMANDS = {
+    "prepare": Prepare,
+    "list": ListCorpus,
+    "pack": Pack,
+    "talkers": Talkers,
+    "text": Text,
+    "verify": Verify,
+    "voices": Voices,
+}
 """Sub-verb to dataclass; each has ``run() -> exit status``."""
 
 

@@ -22,6 +22,7 @@ from allears import __version__
 
 VERBS = {
     "enhance": "clean recorded speech: files, folders or globs in, the same files without the noise out",
+    "separate": "part the talkers of a recording: files, folders or globs in, one file per talker out",
     "eval": "score audio files, or a model on a test set",
     "train": "train a model from a recipe",
     "data": "prepare the corpora and inspect their manifests",

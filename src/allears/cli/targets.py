@@ -3,7 +3,7 @@
 import glob
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +14,14 @@ from allears.core.errors import AudioFileError
 
 @dataclass(frozen=True)
 class Target:
-    """One input file and the file that its result goes to."""
+    """One input file and the file that its result goes to; ``others`` may be written beside it."""
 
     source: Path
     destination: Path
+    others: tuple[Path, ...] = ()
 
 
-def plan(inputs: Sequence[Path], out: Path) -> list[Target]:
+def plan(inputs: Sequence[Path], out: Path, results: Callable[[Path], Sequence[Path]] | None = None) -> list[Target]:
     """Pair every input file with its output file, in a stable order and without duplicates.
 
     Args:
@@ -29,6 +30,8 @@ def plan(inputs: Sequence[Path], out: Path) -> list[Target]:
             tree below an input folder, or below the fixed part of a pattern; with several input folders each one's
             name comes first. Files that lie in this folder already are earlier results, and no inputs. The suffix
             stays, save that what cannot be written (``.m4a``, no suffix) becomes ``.wav``.
+        results: from an input's place below OUT to those of all files that may come out of it, for a verb that writes
+            several; the first one is there whenever the input is finished. OUT is a folder then.
 
     Raises:
         AudioFileError: a path does not exist, or nothing was found in a folder or by a pattern.
@@ -44,7 +47,7 @@ def plan(inputs: Sequence[Path], out: Path) -> list[Target]:
                 found.setdefault(file.resolve(), (file, place))
     if not found:
         raise AudioFileError(f"inputs: every audio file in {str(inputs[0])!r} lies in the output folder {str(out)!r}")
-    targets = _pair(list(found.values()), out, one_file=len(found) == 1 and not folders)
+    targets = _pair(list(found.values()), out, len(found) == 1 and not folders, results)
     _check(targets)
     return targets
 
@@ -69,27 +72,39 @@ def _is_earlier_result(file: Path, given: Path, out: Path) -> bool:
     return out != folder and file.resolve().is_relative_to(out)
 
 
-def _pair(found: list[tuple[Path, Path]], out: Path, one_file: bool) -> list[Target]:
+def _pair(
+    found: list[tuple[Path, Path]], out: Path, one_file: bool, results: Callable[[Path], Sequence[Path]] | None
+) -> list[Target]:
     if out.suffix.lower() in CONTAINERS.keys() | MEDIA_SUFFIXES and not out.is_dir():
+        if results is not None:
+            raise ValueError(f"out: {str(out)!r} is named like one file, but several are written; name a folder")
         if not one_file:
             raise ValueError(f"out: {str(out)!r} is one file, but the input is more than one; name a folder")
         return [Target(found[0][0], out)]
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out: {str(out)!r} exists and is no folder; name a folder, or a file such as clean.wav")
+        hint = ", or a file such as clean.wav" if results is None else ""
+        raise ValueError(f"out: {str(out)!r} exists and is no folder; name a folder{hint}")
+    if results is not None:
+        return [_several(file, [out / name for name in results(place)]) for file, place in found]
     keep = [(file, place if place.suffix.lower() in CONTAINERS else place.with_suffix(".wav")) for file, place in found]
     return [Target(file, out / place) for file, place in keep]
+
+
+def _several(file: Path, written: Sequence[Path]) -> Target:
+    return Target(file, written[0], tuple(written[1:]))
 
 
 def _check(targets: list[Target]) -> None:
     sources = {target.source.resolve() for target in targets}
     taken: dict[str, Target] = {}
     for target in targets:
-        destination = target.destination.resolve()
-        if destination in sources or (destination.exists() and os.path.samefile(destination, target.source)):
-            raise ValueError(f"out: {str(target.destination)!r} is an input; outputs never overwrite inputs")
-        other = taken.setdefault(os.path.normcase(destination), target)
-        if other is not target:
-            raise ValueError(
-                f"inputs: {str(other.source)!r} and {str(target.source)!r} would both be written to "
-                f"{str(target.destination)!r}; take two runs, or name their common folder"
-            )
+        for written in (target.destination, *target.others):
+            destination = written.resolve()
+            if destination in sources or (destination.exists() and os.path.samefile(destination, target.source)):
+                raise ValueError(f"out: {str(written)!r} is an input; outputs never overwrite inputs")
+            other = taken.setdefault(os.path.normcase(destination), target)
+            if other is not target:
+                raise ValueError(
+                    f"inputs: {str(other.source)!r} and {str(target.source)!r} would both be written to "
+                    f"{str(written)!r}; take two runs, or name their common folder"
+                )

@@ -3,14 +3,20 @@
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from allears.core.config import from_dict
 from allears.core.errors import WeightsError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+SHIPPED = Path(__file__).resolve().parents[1] / "weights"
+
+Config = TypeVar("Config")
 
 _HINT = "download or copy both files of the pair again"
 
@@ -182,3 +188,51 @@ def check_keys(model: "nn.Module", state_dict: "dict[str, Tensor]") -> None:
             f"state_dict does not fit {type(model).__name__}: {'; '.join(faults)}; "
             "build the model from the configuration stored with the weights"
         )
+
+
+def find_weights(name_or_folder: str | os.PathLike[str], model: str) -> Path:
+    """The path stem of shipped weights by their name, or of your own by folder (``weights.*`` in it), stem or file.
+
+    Raises:
+        WeightsError: nothing is found there; the shipped names that begin with ``model`` are listed.
+    """
+    given = Path(name_or_folder)
+    stems = [given / "weights"]
+    if given.name:  # "." and "/" have none
+        stems += [weight_paths(given)[0].with_suffix(""), SHIPPED / given]
+    for stem in stems:
+        if any(path.is_file() for path in weight_paths(stem)):
+            return stem
+    shipped = ", ".join(sorted(path.stem for path in SHIPPED.glob(f"{model}*.json"))) or "none"
+    raise WeightsError(
+        f"model: {str(name_or_folder)!r} is neither shipped weights ({shipped}) nor a folder with weights.safetensors"
+    )
+
+
+@dataclass(frozen=True)
+class Pretrained(Generic[Config]):
+    """Weights that were found: their name, configuration, tensors, and the whole JSON object."""
+
+    name: str
+    config: Config
+    tensors: "dict[str, Tensor]"
+    record: dict[str, Any]
+
+
+def load_pretrained(name_or_folder: str | os.PathLike[str], model: str, kind: type[Config]) -> Pretrained[Config]:
+    """Find and read the weights of a ``model`` whose configuration is a dataclass ``kind``; floating ones as float32.
+
+    Raises:
+        WeightsError: nothing is found there, or it is corrupt or of another model.
+    """
+    stem = find_weights(name_or_folder, model)
+    tensors, record = load_weights(stem)
+    if record.get("model") != model:
+        raise WeightsError(
+            f"weights {str(stem)!r}: made for model {record.get('model')!r}, wanted {model!r}; choose another file"
+        )
+    try:
+        config = from_dict(kind, record.get("config"), "config")
+    except ValueError as error:
+        raise WeightsError(f"weights {f'{stem}.json'!r}: {error}") from error
+    return Pretrained(stem.name, config, tensors, record)

@@ -8,7 +8,7 @@ from allears.audio.rooms import Room
 from allears.core.config import to_dict
 from allears.data.bank import AudioBank
 from allears.data.mix import MixConfig, MixSampler, MixSpec
-from allears.data.reverb import two_source_room
+from allears.data.reverb import room_with_sources
 
 JUDGE_MIX = MixConfig(
     seconds=5.0,
@@ -53,7 +53,7 @@ def judging_set(
         snr = low + (high - low) * (float(order[index]) + 0.5) / clips
         spec = replace(spec, snr_db=round(snr, 2), level_db=round(spec.level_db, 2))
         if (index // len(samplers)) % 2:
-            room = _rounded(two_source_room(rng))
+            room = rounded_room(room_with_sources(rng))
             reference = {"room": to_dict(room)}
             if recorded_rooms and rng.random() < 0.1:
                 reference = {"item": str(rng.choice(list(recorded_rooms)))}
@@ -63,7 +63,7 @@ def judging_set(
     return specs
 
 
-def _rounded(room: Room) -> Room:
+def rounded_room(room: Room) -> Room:
     """To a millimetre, so that a manifest is short."""
 
     def point(values: tuple[float, float, float]) -> tuple[float, float, float]:

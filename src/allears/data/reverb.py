@@ -4,7 +4,7 @@ Shapes: N rooms, L samples of a response.
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,29 +14,49 @@ import torch
 from torch import Tensor
 
 from allears.audio.resample import resample
-from allears.audio.rooms import Room, direct_delay, early_part, image_source_rir, random_room
+from allears.audio.rooms import Room, RoomRanges, direct_delay, image_source_rir, random_room
+from allears.audio.shoebox import Point
 from allears.core.config import from_dict
 from allears.core.errors import CorpusError
 from allears.data.corpus import read_manifest
+from allears.data.draws import RATE
+from allears.data.waves import on_device
 
 log = logging.getLogger(__name__)
 
-RATE = 16_000
 LENGTH_S = 0.9
+APART_M = 0.5
 Source = Literal["talker", "noise"]
 
 
-def two_source_room(rng: np.random.Generator) -> Room:
-    """A random room whose *source* is the microphone and whose *microphones* are talker and noise.
+def room_with_sources(rng: np.random.Generator, talkers: int = 1) -> Room:
+    """A random room whose *source* is the microphone and whose *microphones* are the talkers and, last, the noise.
 
-    By reciprocity the responses are those from talker and noise to the microphone.
+    By reciprocity the responses are those from talkers and noise to the microphone. Talkers stand half a metre or more
+    from each other.
     """
     room = random_room(rng)
+    mic, places = room.mics_m[0], [room.source_m]
     while True:
         noise = tuple(float(rng.uniform(0.2, side - 0.2)) for side in room.size_m)
-        swapped = (room.mics_m[0], room.source_m, noise)
-        if np.linalg.norm(np.subtract(swapped[0], noise)) > 0.3:
-            return Room(room.size_m, room.absorption, swapped[0], (swapped[1], swapped[2]))  # type: ignore[arg-type]
+        if np.linalg.norm(np.subtract(mic, noise)) > 0.3:
+            break
+    while len(places) < talkers:
+        places.append(_free_place(rng, room.size_m, mic, places))
+    return Room(room.size_m, room.absorption, mic, (*places, noise))  # type: ignore[arg-type]
+
+
+def _free_place(rng: np.random.Generator, size_m: Point, mic_m: Point, taken: list[Point]) -> Point:
+    """A place for one more talker, as far from the microphone as :func:`random_room` puts the first."""
+    ranges = RoomRanges()
+    for _ in range(1000):
+        direction = rng.standard_normal(3)
+        place = np.array(mic_m) + rng.uniform(*ranges.distance_m) * direction / np.linalg.norm(direction)
+        inside = (place >= ranges.wall_margin_m).all() and (place <= np.array(size_m) - ranges.wall_margin_m).all()
+        if inside and all(np.linalg.norm(place - other) >= APART_M for other in taken):
+            x, y, z = (float(value) for value in place)
+            return (x, y, z)
+    raise ValueError(f"talkers: {len(taken) + 1} do not fit into a room of {size_m} m, {APART_M} m apart; want fewer")
 
 
 def _prepared(rir: Tensor) -> Tensor:
@@ -52,30 +72,37 @@ class RirBank:
     """Answers a mixture's room references with responses.
 
     Args:
-        full: (N, 2, L) responses of talker and noise of the simulated rooms.
+        full: (N, P, L) responses of the P - 1 talkers and, last, of the noise of the simulated rooms.
         recorded: recorded responses (L,) by item id.
     """
 
     full: Tensor | None = None
     recorded: dict[str, Tensor] = field(default_factory=dict)
-    _early: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def simulate(
-        cls, rooms: int, seed: int, device: torch.device | str = "cpu", cache: str | Path | None = None
+        cls,
+        rooms: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        cache: str | Path | None = None,
+        talkers: int = 1,
     ) -> "RirBank":
-        """``rooms`` random rooms, the same for the same seed. ``cache`` names a file to keep them in."""
+        """``rooms`` random rooms, each with places for so many talkers and a noise, the same for the same seed.
+
+        ``cache`` names a file to keep them in.
+        """
         if cache is not None and Path(cache).is_file():
             stored = np.load(cache)
-            if stored.shape[0] == rooms:
+            if stored.shape[:2] == (rooms, talkers + 1):
                 return cls(torch.from_numpy(stored).to(device).float())
         rng = np.random.default_rng([seed, 77])
         length = int(LENGTH_S * RATE)
-        full = torch.zeros(rooms, 2, length, device=device)
+        full = torch.zeros(rooms, talkers + 1, length, device=device)
         for index in range(rooms):
-            pair = image_source_rir([two_source_room(rng)], RATE, LENGTH_S, device=device)[0]
-            for source in (0, 1):
-                ready = _prepared(pair[source])
+            responses = image_source_rir([room_with_sources(rng, talkers)], RATE, LENGTH_S, device=device)[0]
+            for source, response in enumerate(responses):
+                ready = _prepared(response)
                 full[index, source, : ready.shape[0]] = ready
         if cache is not None:
             np.save(cache, full.half().cpu().numpy())
@@ -94,26 +121,55 @@ class RirBank:
                     recorded[f"{item.id}#{channel}"] = _prepared(torch.from_numpy(row))
         return cls(None, recorded)
 
-    def response(self, reference: dict[str, Any], source: Source) -> tuple[Tensor, Tensor]:
-        """(full, early) responses (L,) of ``{"bank": i}``, ``{"item": id}`` or ``{"room": {...}}``."""
-        row = 0 if source == "talker" else 1
+    def response(self, reference: dict[str, Any], source: Source = "talker") -> Tensor:
+        """Response (L,) of ``{"bank": i}``, ``{"item": id}`` or ``{"room": {...}}``.
+
+        ``"source": j`` beside ``bank`` or ``room`` says which place of the room, -1 the last one; without it the talker
+        has the first and the noise the second.
+        """
         if "bank" in reference:
-            if self.full is None:
-                raise CorpusError("rirs: the spec takes a room from a bank, but no bank was simulated")
-            index = int(reference["bank"])
-            rir = self.full[index, row]
-            if source == "noise":
-                return rir, rir
-            if index not in self._early:
-                self._early[index] = early_part(rir, RATE)
-            return rir, self._early[index]
+            return self.of_bank([reference], source)[0]
         if "item" in reference:
             if reference["item"] not in self.recorded:
                 raise CorpusError(f"rirs: no recorded response {reference['item']!r} here; run 'allears data prepare'")
-            rir = self.recorded[reference["item"]]
-        elif "room" in reference:
-            room = from_dict(Room, reference["room"])
-            rir = _prepared(image_source_rir([room], RATE, LENGTH_S)[0, row])
-        else:
-            raise CorpusError(f"rirs: reference {reference!r} is none of bank, item, room")
-        return rir, early_part(rir, RATE)
+            return self.recorded[reference["item"]]
+        if "room" in reference:
+            room, place = from_dict(Room, reference["room"]), _place_of(reference, source)
+            return _prepared(image_source_rir([replace(room, mics_m=(room.mics_m[place],))], RATE, LENGTH_S)[0, 0])
+        raise CorpusError(f"rirs: reference {reference!r} is none of bank, item, room")
+
+    def of_bank(self, references: list[dict[str, Any]], source: Source = "talker") -> Tensor:
+        """Responses (R, L) of references to simulated rooms, ``{"bank": i}`` each."""
+        if self.full is None:
+            raise CorpusError("rirs: the spec takes a room from a bank, but no bank was simulated")
+        where = [(int(reference["bank"]), _place_of(reference, source)) for reference in references]
+        rooms, places = on_device(self.full.device, where, np.int64).unbind(1)
+        return self.full[rooms, places]
+
+
+def _place_of(reference: dict[str, Any], source: Source) -> int:
+    return int(reference.get("source", 0 if source == "talker" else 1))
+
+
+def room_responses(
+    rirs: RirBank | None, references: list[dict[str, Any] | None], source: Source, device: torch.device
+) -> Tensor | None:
+    """Responses (R, L) on ``device``, a unit impulse where the reference is ``None``; ``None`` if all are dry.
+
+    Raises:
+        ValueError: there is a reference and no ``rirs``.
+    """
+    if all(reference is None for reference in references):
+        return None
+    if rirs is None:
+        raise ValueError("rirs: a spec has a room, but the renderer was given no room responses")
+    given = [(row, reference) for row, reference in enumerate(references) if reference is not None]
+    banked = [(row, reference) for row, reference in given if "bank" in reference]
+    parts = [([row], rirs.response(reference, source)[None]) for row, reference in given if "bank" not in reference]
+    if banked:
+        parts.append(([row for row, _ in banked], rirs.of_bank([reference for _, reference in banked], source)))
+    stack = torch.zeros(len(references), max(rir.shape[1] for _, rir in parts), device=device)
+    stack[:, 0] = on_device(device, [float(reference is None) for reference in references])
+    for rows, rir in parts:
+        stack[on_device(device, rows, np.int64), : rir.shape[1]] = rir.to(device)
+    return stack

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allears.nn.linear import Linear
 from allears.nn.rope import apply_rope, rope_table
 from allears.ops.attention.linear.call import linear_attention
 from allears.ops.attention.linear.options import LinearOptions
@@ -68,12 +69,12 @@ class FocusedLinearAttention(nn.Module):
             raise ValueError(f"rope: True given with {self.head_dim} channels a head; it needs an even number")
         self.causal, self.rope, self.kernel = causal, rope, kernel
         self.options = options or LinearOptions()
-        self.qkv = nn.Linear(channels, 3 * channels)
+        self.qkv = Linear(channels, 3 * channels)
         focused = self.options.feature_map == "focused"
         self.raw_scale = nn.Parameter(self.qkv.weight.new_zeros(heads, self.head_dim)) if focused else None
         size = self.head_dim
         self.conv = nn.Conv1d(size, size, conv_taps, groups=size) if conv_taps else None
-        self.out = nn.Linear(channels, channels)
+        self.out = Linear(channels, channels)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """x (B, L, C) to (B, L, C), or packed (T, C) to (T, C).
@@ -143,7 +144,7 @@ class GatedLinearAttention(nn.Module):
         channels = attention.out.out_features
         self.attention = attention
         self.norm, self.gate_norm = norm(channels), norm(channels)
-        self.gate = nn.Linear(channels, channels)
+        self.gate = Linear(channels, channels)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Arguments as :meth:`FocusedLinearAttention.forward`."""

@@ -10,6 +10,7 @@ from typing import Any
 _ENTRIES = {
     "enhance": "allears.recipes.enhance:train_enhance",
     "pretrain": "allears.recipes.pretrain:train_language",
+    "separate": "allears.recipes.separate:train_separate",
 }
 
 

@@ -78,7 +78,7 @@ def load_systems(
         except UnavailableError as error:
             report.note(f"{system.name}: not available: {error}")
         except Exception as error:  # whatever a peer does at import, the others go on
-            report.note(f"{system.name}: not available: {type(error).__name__}: {_one_line(error)}")
+            report.note(f"{system.name}: not available: {type(error).__name__}: {one_line(error)}")
     return loaded
 
 
@@ -98,7 +98,7 @@ def run_cases(
             report.note(f"stopped: {error}; left out: {', '.join(c.name for c in chosen[done + 1 :]) or 'nothing'}")
             break
         except torch.OutOfMemoryError as error:
-            report.note(f"{case.name}: left out: inputs and reference do not fit: {_one_line(error)}")
+            report.note(f"{case.name}: left out: inputs and reference do not fit: {one_line(error)}")
 
 
 class Runner:
@@ -207,7 +207,7 @@ class Runner:
                 torch.cuda.synchronize(self.device)
             return found
         except Exception as error:
-            reason = f"{type(error).__name__}: {_one_line(error)}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
         try:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -216,6 +216,7 @@ class Runner:
         return reason
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message for a note: its first 300 characters, on one line."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:300]} ..."

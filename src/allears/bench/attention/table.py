@@ -8,14 +8,17 @@ from rich.table import Table
 _COLUMNS = {
     "ms": ("ms", "{:.3f}"),
     "fwd_bwd_ms": ("fwd+bwd ms", "{:.3f}"),
+    "graph_ms": ("graph ms", "{:.3f}"),
     "bandwidth_frac": ("of copy", "{:.0%}"),
-    "speedup": ("x fa2", "{:.1f}"),
+    "speedup": ("times faster", "{:.2f}"),
+    "graph_speedup": ("by graph", "{:.2f}"),
     "tflops": ("TFLOP/s", "{:.0f}"),
     "rel_err": ("error", "{:.4f}"),
     "rel_err_dq": ("dQ", "{:.4f}"),
     "rel_err_dk": ("dK", "{:.4f}"),
     "rel_err_dv": ("dV", "{:.4f}"),
     "peak_gb": ("peak GB", "{:.2f}"),
+    "memory_frac": ("memory", "{:.1%}"),
     "extra_memory_frac": ("extra memory", "{:.1%}"),
 }
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from allears.bench.growth_figure import draw_growth
 from allears.bench.linear.run import series
-from allears.core.errors import require
 
 _STYLES = {
     "allears": {"color": "#b2182b", "marker": "o", "linewidth": 2.2, "markersize": 5},
@@ -22,31 +22,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, subtitle: str = "") -> P
         MissingDependencyError: matplotlib is not installed.
         ValueError: the rows hold no timed case.
     """
-    require("matplotlib", "train", "drawing the figure")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    found = series(rows)
-    shapes = list(dict.fromkeys(shape for _, shape, _ in found))
-    panels = [panel for panel in _PANELS if any(metric == panel[0] for *_, metric in found)]
-    if not panels:
-        raise ValueError("rows: no case was timed, so there is nothing to draw; the notes say why")
-    figure = Figure(figsize=(4.2 * len(panels), 0.9 + 3.3 * len(shapes)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for line, shape in zip(figure.subplots(len(shapes), len(panels), squeeze=False), shapes, strict=True):
-        for axis, (metric, label) in zip(line, panels, strict=True):
-            drawn = {system: points for (system, of, which), points in found.items() if (of, which) == (shape, metric)}
-            for system, points in drawn.items():
-                axis.plot(list(points), list(points.values()), label=system, **_STYLES[system])
-            axis.set(xlabel="tokens", yscale="log")
-            axis.set_title(f"heads x size {shape}\n{label}", fontsize=10)
-            axis.set_xscale("log", base=2)
-            axis.grid(True, alpha=0.3)
-    handles = {h.get_label(): h for axis in figure.axes for h in axis.get_lines()}
-    figure.legend(
-        list(handles.values()), list(map(str, handles)), loc="outside upper center", ncols=len(handles), frameon=False
+    heading = "heads x size {}"
+    return draw_growth(
+        series(rows), path, panels=_PANELS, styles=_STYLES, xlabel="tokens", heading=heading, subtitle=subtitle
     )
-    figure.supxlabel(subtitle, fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return path

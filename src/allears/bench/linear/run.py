@@ -6,7 +6,6 @@ depthwise convolution of V with 5 taps, in bfloat16.
 Shapes: B = 1, L tokens, H heads, D head size.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from allears.bench import results
 from allears.bench.attention.check import peak_bytes
 from allears.bench.attention.run import Report
+from allears.bench.growth import power_law
 from allears.bench.linear.settings import SHAPES, Settings
 from allears.bench.timing import Stopwatch
 from allears.core.device import resolve_device
@@ -174,33 +174,18 @@ def _calls(system: str, sets: list[Inputs], backward: bool) -> dict[str, Callabl
 
 def growth(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Notes on the exponents of time and memory over length, by least squares of their logarithms."""
-    notes = []
-    for (system, shape, metric), points in series(rows).items():
-        long = {length: value for length, value in points.items() if length >= _FROM}
-        said = [
-            f"{min(part)} to {max(part)} tokens: length^{exponent(part):.2f}"
-            for part in dict.fromkeys((tuple(points.items()), tuple(long.items())))
-            if len(part) > 2
-            for part in (dict(part),)
-        ]
-        if said:
-            notes.append(f"{system}, heads and size {shape}, {metric}: {'; '.join(said)}")
-    return notes
+    said = {key: power_law(points, _FROM, "tokens") for key, points in series(rows).items()}
+    return [
+        f"{system}, heads and size {shape}, {metric}: {text}" for (system, shape, metric), text in said.items() if text
+    ]
 
 
-def series(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], dict[int, float]]:
+def series(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], dict[float, float]]:
     """(system, shape, metric) -> length -> value, of times and memory."""
-    found: dict[tuple[str, str, str], dict[int, float]] = {}
+    found: dict[tuple[str, str, str], dict[float, float]] = {}
     for row in rows:
         length, _, shape = row["case"].partition(" ")
         if length.isdigit() and row["value"] and row["metric"] in ("ms", "fwd_bwd_ms", "peak_gb", "fwd_bwd_peak_gb"):
             shape = shape or "x".join(map(str, SHAPES[0]))
             found.setdefault((row["system"], shape, row["metric"]), {})[int(length)] = row["value"]
     return found
-
-
-def exponent(points: Mapping[int, float]) -> float:
-    """The slope of log value over log length."""
-    x, y = ([math.log(value) for value in values] for values in (points.keys(), points.values()))
-    x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y, strict=True)) / sum((a - x_mean) ** 2 for a in x)

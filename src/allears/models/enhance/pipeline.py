@@ -14,13 +14,11 @@ from torch import Tensor
 
 from allears.audio.files import AudioReader
 from allears.audio.formats import matching_subtype
-from allears.audio.resample import StreamResampler, fit_length
+from allears.audio.session import Session, as_batch, as_given
 from allears.audio.writer import AudioWriter
-from allears.core.config import from_dict
 from allears.core.device import resolve_device
-from allears.core.errors import WeightsError
 from allears.core.progress import OnProgress, Progress
-from allears.core.weights import check_keys, load_weights, weight_paths
+from allears.core.weights import check_keys, load_pretrained
 from allears.models.enhance.chunks import ChunkedEnhancer
 from allears.models.enhance.config import EnhanceConfig
 from allears.models.enhance.model import EnhanceNet
@@ -29,10 +27,8 @@ from allears.models.enhance.slices import SlicedNet
 
 log = logging.getLogger(__name__)
 
-SHIPPED = Path(__file__).resolve().parents[2] / "weights"
 DEFAULT = "enhance-base"
 _BLOCK_FRAMES = 65_536
-_LOUDEST = 1e15  # full scale is 1; squares of larger samples leave float32
 
 
 @dataclass(frozen=True)
@@ -49,36 +45,6 @@ class FileResult:
     def rtf(self) -> float:
         """Real-time factor: processing time over duration."""
         return self.elapsed_s / self.duration_s if self.duration_s else 0.0
-
-
-class _Session:
-    """Caller's rate to the core's and back around the chunked enhancer; as many samples come out as went in."""
-
-    def __init__(self, chunked: ChunkedEnhancer, channels: int, rate: int, core_rate: int) -> None:
-        self._chunked = chunked
-        self._down = StreamResampler(channels, rate, core_rate) if rate != core_rate else None
-        self._up = StreamResampler(channels, core_rate, rate) if rate != core_rate else None
-        self._in = 0
-        self._out = 0
-
-    def push(self, x: np.ndarray) -> np.ndarray:
-        if (peak := float(np.abs(x).max(initial=0.0))) > _LOUDEST:
-            raise ValueError(f"audio: a sample of size {peak:.1e}; full scale is 1, and {_LOUDEST:.0e} the most taken")
-        self._in += x.shape[1]
-        y = self._chunked.push(self._down.push(x) if self._down else x)
-        return self._trim(self._up.push(y) if self._up else y)
-
-    def flush(self) -> np.ndarray:
-        rest = self._chunked.push(self._down.flush()) if self._down else None
-        y = self._chunked.flush() if rest is None else np.concatenate([rest, self._chunked.flush()], axis=1)
-        if self._up:
-            y = np.concatenate([self._up.push(y), self._up.flush()], axis=1)
-        return fit_length(y, self._in - self._out)
-
-    def _trim(self, y: np.ndarray) -> np.ndarray:
-        y = y[:, : self._in - self._out]
-        self._out += y.shape[1]
-        return y
 
 
 class Enhancer:
@@ -107,20 +73,11 @@ class Enhancer:
         Raises:
             WeightsError: nothing is found there, or it is corrupt or of another model.
         """
-        stem = _find_weights(name_or_folder)
-        tensors, record = load_weights(stem)
-        if record.get("model") != "enhance":
-            raise WeightsError(
-                f"weights {str(stem)!r}: made for model {record.get('model')!r}, wanted 'enhance'; choose another file"
-            )
-        try:
-            config = from_dict(EnhanceConfig, record.get("config"), "config")
-        except ValueError as error:
-            raise WeightsError(f"weights {f'{stem}.json'!r}: {error}") from error
-        net = EnhanceNet(config)
-        check_keys(net, tensors)
-        net.load_state_dict(tensors)
-        return cls(net, device, stem.name)
+        found = load_pretrained(name_or_folder, "enhance", EnhanceConfig)
+        net = EnhanceNet(found.config)
+        check_keys(net, found.tensors)
+        net.load_state_dict(found.tensors)
+        return cls(net, device, found.name)
 
     @property
     def parameters(self) -> int:
@@ -150,13 +107,11 @@ class Enhancer:
         Raises:
             ValueError: not floating, not finite, empty, or of another shape; or an option is out of its range.
         """
-        x = _as_batch(audio)
+        x = as_batch(audio)
         session = self._session(x.shape[0] * x.shape[1], sample_rate_hz, steps, solver, seed)
         flat = x.reshape(-1, x.shape[2])
         y = np.concatenate([session.push(flat), session.flush()], axis=1).reshape(audio.shape)
-        if isinstance(audio, Tensor):
-            return torch.from_numpy(y).to(audio)
-        return y.astype(audio.dtype, copy=False)
+        return as_given(y, audio)
 
     def process_file(
         self,
@@ -194,9 +149,7 @@ class Enhancer:
             done / info.sample_rate_hz, time.perf_counter() - begun, info.sample_rate_hz, info.channels, done
         )
 
-    def _session(self, channels: int, rate: int, steps: int | None, solver: str | None, seed: int) -> _Session:
-        if not 4_000 <= rate <= 384_000:
-            raise ValueError(f"sample_rate_hz: {rate} given; rates from 4000 to 384000 are taken")
+    def _session(self, channels: int, rate: int, steps: int | None, solver: str | None, seed: int) -> Session:
         if seed < 0:
             raise ValueError(f"seed: {seed} given; a whole number from 0 up is wanted")
         steps, solver = sampler(self.config, steps, solver)
@@ -210,39 +163,5 @@ class Enhancer:
                 return enhance(predict, self.config, windows.to(self.device), steps, solver, noise.to(self.device))
 
         batch = 16 if self.device.type == "cuda" else 1
-        return _Session(
-            ChunkedEnhancer(self.config, channels, run, seed, batch), channels, rate, self.config.sample_rate_hz
-        )
-
-
-def _find_weights(name_or_folder: str | Path) -> Path:
-    given = Path(name_or_folder)
-    stems = [given / "weights"]
-    if given.name:  # "." and "/" have none
-        stems += [weight_paths(given)[0].with_suffix(""), SHIPPED / given]
-    for stem in stems:
-        if any(path.is_file() for path in weight_paths(stem)):
-            return stem
-    shipped = ", ".join(sorted(path.stem for path in SHIPPED.glob("enhance*.json"))) or "none"
-    raise WeightsError(
-        f"model: {str(name_or_folder)!r} is neither shipped weights ({shipped}) nor a folder with weights.safetensors"
-    )
-
-
-def _as_batch(audio: np.ndarray | Tensor) -> np.ndarray:
-    """(B, C, T) float32, checked."""
-    floating = audio.is_floating_point() if isinstance(audio, Tensor) else np.issubdtype(audio.dtype, np.floating)
-    if not floating:
-        raise ValueError(
-            f"audio: dtype {audio.dtype} given; floating samples in [-1, 1] are wanted (int16: divide by 32768)"
-        )
-    if not 1 <= audio.ndim <= 3 or 0 in audio.shape:
-        raise ValueError(
-            f"audio: shape {tuple(audio.shape)} given; (T,), (C, T) or (B, C, T) with at least one sample is wanted"
-        )
-    x = audio.detach().cpu().float().numpy() if isinstance(audio, Tensor) else audio.astype(np.float32, copy=False)
-    if not np.isfinite(x).all():
-        raise ValueError(
-            f"audio: {np.count_nonzero(~np.isfinite(x))} samples are NaN or infinite; see numpy.nan_to_num"
-        )
-    return x.reshape((1,) * (3 - x.ndim) + x.shape)
+        chunked = ChunkedEnhancer(self.config, channels, run, seed, batch)
+        return Session(chunked, channels, channels, rate, self.config.sample_rate_hz)

@@ -1,0 +1,1 @@
+"""The benchmark of separators: time and memory over length, published attention beside optimised and linear."""

@@ -1,0 +1,1 @@
+"""Convolutions that PyTorch runs slowly in the layout of linear layers."""

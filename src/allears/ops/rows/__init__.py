@@ -1,0 +1,1 @@
+"""Layers over the channels of many short rows, with backward passes that read each row once."""
