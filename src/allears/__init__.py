@@ -15,17 +15,19 @@ _LAZY = {
     "explain": "allears.ops.attention",
     "use_attention": "allears.nn.attention_hooks",
     "Enhancer": "allears.models.enhance",
+    "Separator": "allears.models.separate",
 }
 
 if TYPE_CHECKING:
     from allears.models.enhance import Enhancer as Enhancer
+    from allears.models.separate import Separator as Separator
     from allears.nn.attention_hooks import use_attention as use_attention
     from allears.ops.attention import AttentionSpec as AttentionSpec
     from allears.ops.attention import LowBit as LowBit
     from allears.ops.attention import attention as attention
     from allears.ops.attention import explain as explain
 
-__all__ = ["AttentionSpec", "Enhancer", "LowBit", "__version__", "attention", "explain", "use_attention"]
+__all__ = ["AttentionSpec", "Enhancer", "LowBit", "Separator", "__version__", "attention", "explain", "use_attention"]
 
 
 def __getattr__(name: str):

@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 CLEAN_MIX = TalkersConfig(talkers=((2, 1.0),), noisy=0.0, reverberant=0.0, conversation=0.0, partial=0.0, lowpass=0.0)
 """Two talkers at once, -5 to 5 dB, nothing else: the field's usual task."""
 
-ROOM_MIX = TalkersConfig(talkers=((1, 0.1), (2, 0.6), (3, 0.3)), noisy=0.6, reverberant=0.6, conversation=0.3)
+ROOM_MIX = TalkersConfig(
+    talkers=((1, 0.1), (2, 0.6), (3, 0.3)), noisy=0.6, reverberant=0.6, conversation=0.3, same_package=0.5
+)
 """One to three talkers, clean or in noise, dry or in a room, all at once or in turns."""
 
 
@@ -154,8 +156,8 @@ def train_separate(
         batch, seconds: clips a step, and their length.
         rirs: simulated rooms for training.
         start: weights to start from, a path stem.
-        graphs: replay the passes as CUDA graphs: the network is many small kernels, and launching them takes longer than
-            running them.
+        graphs: replay the passes as CUDA graphs: launching the network's many small kernels takes longer than running
+            them.
         mix: the mixtures, whole or as the fields that differ from the preset's.
         loss: likewise; by default SI-SNR, with silent outputs SNR.
         auxiliary_heads: give each decoder stage a head and a loss of its own (SepReformer only).

@@ -1,5 +1,5 @@
-"""Backward passes over many short rows in Triton: a program takes some tiles of rows, keeps the sums over them in registers,
-and writes them once.
+"""Backward passes over many short rows in Triton: a program takes some tiles of rows, keeps the sums over them in
+registers, and writes them once.
 
 Shapes: M rows, C channels, P programs. Tiles: ROWS rows, WIDTH channels, C of which are real.
 """

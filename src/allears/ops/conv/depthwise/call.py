@@ -4,7 +4,6 @@ Shapes: B batch, L rows, C channels, K taps.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from allears.ops.conv.depthwise.reference import depthwise_reference
@@ -59,8 +58,6 @@ def _run_triton(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pad
     if learns or torch.compiler.is_compiling():
         from allears.ops.conv.depthwise.ops import depthwise_triton
 
-        if gated and learns:
-            return F.glu(depthwise_triton(x, weight, bias, stride, padding, False), dim=-1)
         return depthwise_triton(x, weight, bias, stride, padding, gated)
     from allears.ops.conv.depthwise.triton_depthwise import conv_forward
 

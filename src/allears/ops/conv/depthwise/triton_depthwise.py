@@ -145,6 +145,49 @@ def conv_kernel(
     tl.store(at, y.to(out.dtype.element_ty), mask=(row < M)[:, None] & real[None, :])
 
 
+@triton.jit(do_not_specialize=["L", "M"])
+def gate_kernel(
+    x,
+    weight,
+    bias,
+    d_out,
+    d_wide,
+    x_stride_b,
+    x_stride_l,
+    L,
+    M,
+    C,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Out of d_out (B, M, C) of the gated form the gradient of the convolution, d_wide (B, M, 2 C); both contiguous.
+
+    The convolution is made again, which costs less than keeping it.
+    """
+    first = tl.program_id(0) * ROWS
+    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    entry = tl.program_id(2).to(tl.int64)
+    real = channel < C
+    at_x = x + entry * x_stride_b + channel[None, :]
+    value = _convolve(
+        at_x, weight, bias, first, channel, real, x_stride_l, L, C * 2, K, STRIDE, PAD, False, ROWS, WIDTH
+    )
+    gate = _convolve(
+        at_x + C, weight + C, bias + C, first, channel, real, x_stride_l, L, C * 2, K, STRIDE, PAD, False, ROWS, WIDTH
+    )
+    gate = 1.0 / (1.0 + tl.exp(-gate))
+    row = first + tl.arange(0, ROWS)
+    there = (row < M)[:, None] & real[None, :]
+    place = entry * M + row.to(tl.int64)[:, None]
+    slope = tl.load(d_out + place * C + channel[None, :], mask=there, other=0.0).to(tl.float32)
+    at = d_wide + place * (2 * C) + channel[None, :]
+    tl.store(at, (slope * gate).to(d_wide.dtype.element_ty), mask=there)
+    tl.store(at + C, (slope * value * gate * (1.0 - gate)).to(d_wide.dtype.element_ty), mask=there)
+
+
 @triton.jit(do_not_specialize=["L", "M", "span", "parts_each"])
 def weight_kernel(
     x,
@@ -258,6 +301,38 @@ def _launch(
     return out
 
 
+def gate_backward(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """Out of the gradient (B, M, C / 2) of the gated form that of the convolution, (B, M, C)."""
+    x, d_out = _adjoining(x), d_out.contiguous()
+    batch, made, half = d_out.shape
+    d_wide = torch.empty(batch, made, 2 * half, device=x.device, dtype=d_out.dtype)
+    if not d_out.numel():
+        return d_wide
+    bias = weight.new_zeros(2 * half) if bias is None else bias
+    high, width = _tile(made, half, True)
+    grid = (triton.cdiv(made, high), triton.cdiv(half, width), batch)
+    with torch.cuda.device_of(x):
+        gate_kernel[grid](
+            x,
+            _taps_first(weight),
+            bias,
+            d_out,
+            d_wide,
+            x.stride(0),
+            x.stride(1),
+            x.shape[1],
+            made,
+            half,
+            weight.shape[-1],
+            stride,
+            padding,
+            ROWS=high,
+            WIDTH=width,
+            num_warps=4,
+        )
+    return d_wide
+
+
 def conv_backward(d_out: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, in its dtype, and of weight and bias, in float32. Nothing waits for the GPU."""
     x, d_out = _adjoining(x), d_out.contiguous()
@@ -299,13 +374,15 @@ def conv_backward(d_out: Tensor, x: Tensor, weight: Tensor, stride: int, padding
 def aot_cases() -> list[AotCase]:
     """A long convolution, a short gated one, one with a stride and its gradients."""
 
+    pointers = ("x", "weight", "bias", "out", "d_out", "d_wide", "parts")
+
     def case(name: str, kernel, kind: str, **constants) -> AotCase:
         fixed = {key: value for key, value in constants.items() if key in kernel.arg_names}
         signature = {}
         for argument in kernel.arg_names:
             if argument not in fixed:
                 pointer = {"weight": "*fp32", "bias": "*fp32", "parts": "*fp32"}.get(argument, f"*{kind}")
-                signature[argument] = pointer if argument in ("x", "weight", "bias", "out", "d_out", "parts") else "i32"
+                signature[argument] = pointer if argument in pointers else "i32"
         lengths = ("L", "M", "span", "parts_each")
         aligned = tuple(argument for argument in signature if argument not in lengths)
         chips = dict.fromkeys((80, 90, 100, 120), ())
@@ -318,6 +395,7 @@ def aot_cases() -> list[AotCase]:
         case("depthwise_65", conv_kernel, "fp32", **long),
         case("depthwise_65_bf16", conv_kernel, "bf16", **long),
         case("depthwise_3_gated", conv_kernel, "fp32", **gated),
+        case("depthwise_3_gate_backward", gate_kernel, "bf16", **gated),
         case("depthwise_5_down", conv_kernel, "fp32", **down),
         case("depthwise_5_down_turned", conv_kernel, "fp32", **{**down, "TURNED": True, "bias": None}),
         case("depthwise_65_weight", weight_kernel, "fp32", **{**long, "ROWS": 8, "TAPS": 8}),
