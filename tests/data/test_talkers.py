@@ -130,3 +130,23 @@ def test_what_is_left_out_and_what_is_refused():
             TalkersConfig(talkers=talkers)
     with pytest.raises(ValueError, match="conversation, partial"):
         TalkersConfig(conversation=0.7, partial=0.4)
+
+
+def test_talkers_of_one_package_where_asked_and_possible():
+    """Two packages of three speakers and one of a single one, whose clips stay as drawn."""
+    bank = bank_of([20_000] * 14, ["speech"] * 14, speakers=7)
+    package = {f"s{n}": f"p{n // 3}" for n in range(7)}
+    items = [replace(item, package=package[item.speaker]) for item in bank.items]
+    speech = replace(bank, items=items)
+    speakers = {item.id: item.speaker for item in items}
+
+    def casts(share):
+        config = TalkersConfig(talkers=((2, 1.0),), noisy=0.0, reverberant=0.0, conversation=0.0, same_package=share)
+        sampler = TalkersSampler(speech, None, config, np.random.default_rng(3))
+        specs = [sampler.sample(str(n)) for n in range(300)]
+        return [tuple(speakers[talker.segments[0].item] for talker in spec.talkers) for spec in specs]
+
+    assert all(len(set(cast)) == 2 for cast in casts(1.0))
+    alike = [package[a] == package[b] for a, b in casts(1.0) if "s6" not in (a, b)]
+    assert all(alike) and any("s6" in cast for cast in casts(1.0))
+    assert 0.2 < np.mean([package[a] == package[b] for a, b in casts(0.0)]) < 0.4

@@ -143,7 +143,7 @@ def test_window_means_leave_out_values_that_are_not_finite():
 
 def test_log_is_cut_back_to_the_checkpoint(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="allears")
     journal = RunLog(tmp_path)
     assert "tensorboard is not installed" in caplog.text
     journal.write("train", 1, 0.5, {"loss": 1.0})

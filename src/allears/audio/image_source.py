@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from allears.audio.butterworth import butterworth
 from allears.audio.shoebox import SPEED_OF_SOUND_M_S, Room
 
 Axis = tuple[Tensor, Tensor, Tensor]  # distances in metres, gains, reflections; each (I,)
@@ -70,7 +71,9 @@ def image_source_rir(
             for room in rooms
         ]
         rir = torch.stack(responses)
-        return _highpass(rir, sample_rate_hz, highpass_hz) if highpass_hz > 0 else rir
+        if highpass_hz <= 0:
+            return rir
+        return butterworth(rir, sample_rate_hz, torch.tensor(float(highpass_hz)), lowest_hz=highpass_hz)
 
 
 def _one(
@@ -184,15 +187,3 @@ def _thin_out(grid: Tensor, reach: int) -> Tensor:
     size = 1 << (len(grid) + 2 * half).bit_length()
     spectrum = torch.fft.rfft(grid, n=size) * torch.fft.rfft(kernel, n=size)
     return torch.fft.irfft(spectrum, n=size)[half : half + len(grid) : OVERSAMPLING][:reach]
-
-
-def _highpass(rir: Tensor, rate: int, corner_hz: float) -> Tensor:
-    """A second-order Butterworth high-pass (bilinear transform), by its frequency response, over (..., L)."""
-    length = rir.shape[-1]
-    size = 1 << (length + round(4 * rate / corner_hz)).bit_length()  # the tail that would wrap round is below -100 dB
-    corner = math.tan(math.pi * corner_hz / rate)
-    angle = torch.arange(size // 2 + 1, dtype=torch.float64) * (-2 * math.pi / size)
-    z = torch.polar(torch.ones_like(angle), angle)
-    up, down = (1 - z), corner * (1 + z)
-    response = (up * up / (up * up + math.sqrt(2) * up * down + down * down)).to(rir.device, torch.complex64)
-    return torch.fft.irfft(torch.fft.rfft(rir, n=size) * response, n=size)[..., :length]

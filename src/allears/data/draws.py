@@ -38,6 +38,13 @@ class Shares(Protocol):
     def pause_s(self) -> tuple[float, float]: ...
 
 
+def without_speakers(bank: AudioBank, names: tuple[str, ...]) -> AudioBank:
+    """The bank without those speakers; itself where it has none of them."""
+    if not any(item.speaker in names for item in bank.items):
+        return bank
+    return bank.select(lambda item: item.speaker not in names)
+
+
 Config = TypeVar("Config", bound=Shares)
 
 

@@ -4,6 +4,7 @@ Shapes: N rooms, L samples of a response.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -42,21 +43,28 @@ def room_with_sources(rng: np.random.Generator, talkers: int = 1) -> Room:
         if np.linalg.norm(np.subtract(mic, noise)) > 0.3:
             break
     while len(places) < talkers:
-        places.append(_free_place(rng, room.size_m, mic, places))
+        places.append(free_place(rng, room.size_m, mic, RoomRanges().distance_m, places, APART_M))
     return Room(room.size_m, room.absorption, mic, (*places, noise))  # type: ignore[arg-type]
 
 
-def _free_place(rng: np.random.Generator, size_m: Point, mic_m: Point, taken: list[Point]) -> Point:
-    """A place for one more talker, as far from the microphone as :func:`random_room` puts the first."""
-    ranges = RoomRanges()
+def free_place(
+    rng: np.random.Generator,
+    size_m: Point,
+    centre_m: Point,
+    distance_m: tuple[float, float],
+    taken: list[Point],
+    apart_m: float,
+) -> Point:
+    """A place so far from ``centre_m``, off the walls, and ``apart_m`` or more from every place that is taken."""
+    margin_m = RoomRanges().wall_margin_m
     for _ in range(1000):
         direction = rng.standard_normal(3)
-        place = np.array(mic_m) + rng.uniform(*ranges.distance_m) * direction / np.linalg.norm(direction)
-        inside = (place >= ranges.wall_margin_m).all() and (place <= np.array(size_m) - ranges.wall_margin_m).all()
-        if inside and all(np.linalg.norm(place - other) >= APART_M for other in taken):
+        place = np.array(centre_m) + rng.uniform(*distance_m) * direction / np.linalg.norm(direction)
+        inside = (place >= margin_m).all() and (place <= np.array(size_m) - margin_m).all()
+        if inside and all(np.linalg.norm(place - other) >= apart_m for other in taken):
             x, y, z = (float(value) for value in place)
             return (x, y, z)
-    raise ValueError(f"talkers: {len(taken) + 1} do not fit into a room of {size_m} m, {APART_M} m apart; want fewer")
+    raise ValueError(f"taken: with {len(taken)} places none is left in {size_m} m, {apart_m} m apart; want fewer")
 
 
 def _prepared(rir: Tensor) -> Tensor:
@@ -87,10 +95,13 @@ class RirBank:
         device: torch.device | str = "cpu",
         cache: str | Path | None = None,
         talkers: int = 1,
+        draw: Callable[[np.random.Generator, int], Room] = room_with_sources,
     ) -> "RirBank":
         """``rooms`` random rooms, each with places for so many talkers and a noise, the same for the same seed.
 
-        ``cache`` names a file to keep them in.
+        Args:
+            cache: a file to keep them in.
+            draw: another kind of rooms, with as many places.
         """
         if cache is not None and Path(cache).is_file():
             stored = np.load(cache)
@@ -100,7 +111,7 @@ class RirBank:
         length = int(LENGTH_S * RATE)
         full = torch.zeros(rooms, talkers + 1, length, device=device)
         for index in range(rooms):
-            responses = image_source_rir([room_with_sources(rng, talkers)], RATE, LENGTH_S, device=device)[0]
+            responses = image_source_rir([draw(rng, talkers)], RATE, LENGTH_S, device=device)[0]
             for source, response in enumerate(responses):
                 ready = _prepared(response)
                 full[index, source, : ready.shape[0]] = ready

@@ -1,11 +1,11 @@
 """Fixed sets of mixtures that separation is judged on: drawn once, kept as manifests, rendered anywhere."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -38,6 +38,7 @@ CONVERSATION = replace(
     whole_turns=True,
     music=0.0,
 )
+Spec = TypeVar("Spec")
 SHORTEST_UTTERANCE_S = 1.0
 OVERLAP = 0.15
 """Share of a conversation in which both talk."""
@@ -164,8 +165,8 @@ def _validation(material: Material, rng: np.random.Generator) -> list[TalkersSpe
     return [replace(spec, id=f"{name}-{spec.id}") for name, spec in clips]
 
 
-Draw = Callable[[Material, np.random.Generator], list[TalkersSpec]]
-SETS: dict[str, tuple[str, Draw]] = {
+Draw = Callable[[Material, np.random.Generator], list[Spec]]
+SETS: dict[str, tuple[str, Draw[TalkersSpec]]] = {
     "separate-val": ("val", _validation),
     "separate-clean1": ("test", partial(_short, clips=60, talkers=1, noisy=False)),
     "separate-clean2": ("test", partial(_short, clips=150, talkers=2, noisy=False)),
@@ -183,12 +184,22 @@ def draw_sets(corpus: str | Path, only: Iterable[str] = (), seed: int = 5) -> di
     Raises:
         ValueError: a set is unknown.
     """
-    chosen = list(only) or list(SETS)
-    if unknown := sorted(set(chosen) - set(SETS)):
-        raise ValueError(f"only: {unknown[0]!r} is no set; known are {', '.join(SETS)}")
-    material = {split: Material.from_corpus(corpus, split) for split in {SETS[name][0] for name in chosen}}
-    drawn: dict[str, Any] = {}
+    return draw_each(SETS, corpus, only, seed)
+
+
+def draw_each(
+    sets: Mapping[str, tuple[str, Draw[Spec]]],
+    corpus: str | Path,
+    only: Iterable[str],
+    seed: int,
+) -> dict[str, list[Spec]]:
+    """Those of ``sets`` that ``only`` names, or all, each with a generator of its own."""
+    chosen = list(only) or list(sets)
+    if unknown := sorted(set(chosen) - set(sets)):
+        raise ValueError(f"only: {unknown[0]!r} is no set; known are {', '.join(sets)}")
+    material = {split: Material.from_corpus(corpus, split) for split in {sets[name][0] for name in chosen}}
+    drawn = {}
     for name in chosen:
-        split, draw = SETS[name]
-        drawn[name] = draw(material[split], np.random.default_rng([seed, list(SETS).index(name)]))
+        split, draw = sets[name]
+        drawn[name] = draw(material[split], np.random.default_rng([seed, list(sets).index(name)]))
     return drawn

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from allears.core.errors import CorpusError
-from allears.data.draws import RATE, Draws
+from allears.data.draws import RATE, Draws, without_speakers
 from allears.data.segments import Segment, Synthetic, lean_dict, read_lines, write_lines
 
 
@@ -84,6 +84,8 @@ class TalkersConfig:
         whole_turns: no utterance is cut because its turn is over.
         speech_speed: of a talker's voice in one clip; a voice at another speed is nearly another voice.
         babble: of the noises; off, since who babbles is a talker too.
+        same_package: share of clips whose talkers come from one package where it has enough, and so were recorded
+            alike: there a network has nothing but the voices to tell them apart by.
         leave_out: speaker names that stand for several voices.
         rirs: rooms of the renderer's bank.
     """
@@ -114,6 +116,7 @@ class TalkersConfig:
     lowpass: float = 0.05
     lowpass_hz: tuple[float, float] = (3000.0, 7000.0)
     level_db: tuple[float, float] = (-38.0, -16.0)
+    same_package: float = 0.0
     leave_out: tuple[str, ...] = ("fillets-cs-minor",)
     rirs: int = 0
 
@@ -149,13 +152,13 @@ class TalkersSampler(Draws[TalkersConfig]):
     _counts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        out = set(self.config.leave_out)
-        if out & {item.speaker for item in self.speech.items}:
-            self.speech = self.speech.select(lambda item: item.speaker not in out)
+        self.speech = without_speakers(self.speech, self.config.leave_out)
         super().__post_init__()
         self._counts = np.array([count for count, _ in self.config.talkers])
         weights = np.array([weight for _, weight in self.config.talkers], dtype=np.float64)
         self._count_weight = weights / weights.sum()
+        packages = [self.speech.items[self._by_speaker[name][0]].package for name in self._speaker_names]
+        self._packages = np.unique(packages, return_inverse=True)[1]
         if (most := int(self._counts[weights > 0].max())) > len(self._speaker_names):
             raise CorpusError(
                 f"speech: the bank holds {len(self._speaker_names)} speakers, and clips of {most} talkers are asked for"
@@ -166,8 +169,9 @@ class TalkersSampler(Draws[TalkersConfig]):
         config, rng = self.config, self.rng
         frames = int(config.seconds * RATE)
         count = int(rng.choice(self._counts, p=self._count_weight))
-        chosen = rng.choice(len(self._speaker_names), size=count, replace=False, p=self._speaker_weight)
-        voices = [(self._by_speaker[self._speaker_names[who]], self.speed(config.speech_speed)) for who in chosen]
+        voices = [
+            (self._by_speaker[self._speaker_names[w]], self.speed(config.speech_speed)) for w in self._cast(count)
+        ]
         lines = [line for line in self._lines(frames, voices) if line]
         room = int(rng.integers(config.rirs)) if config.rirs and self.chance(config.reverberant) else None
         talkers = tuple(
@@ -197,6 +201,18 @@ class TalkersSampler(Draws[TalkersConfig]):
             snr_db=round(self.uniform(config.snr_db), 2),
             noise_rir={"bank": room, "source": -1} if inside else None,
         )
+
+    def _cast(self, count: int) -> np.ndarray:
+        """Positions of the speakers, (count,)."""
+        weight = self._speaker_weight
+        chosen = self.rng.choice(len(weight), size=count, replace=False, p=weight)
+        if count > 1 and self.config.same_package and self.chance(self.config.same_package):
+            alike = np.flatnonzero(self._packages == self._packages[chosen[0]])
+            alike = alike[alike != chosen[0]]
+            if len(alike) >= count - 1:
+                share = weight[alike] / weight[alike].sum()
+                chosen[1:] = self.rng.choice(alike, size=count - 1, replace=False, p=share)
+        return chosen
 
     def _lines(self, frames: int, voices: list[Voice]) -> list[tuple[Segment, ...]]:
         """What each talker says."""

@@ -3,7 +3,7 @@
 Shapes: B clips, J talkers, T samples, L room-response samples. Rows B * J are all talkers of all clips.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,10 @@ from allears.data.bank import AudioBank
 from allears.data.draws import RATE
 from allears.data.reverb import RirBank, room_responses
 from allears.data.talkers import Talker, TalkersSpec, read_talkers
-from allears.data.waves import active_rms, at_snr, band_filter, lay_segments, level_gain, made_noise, on_device
+from allears.data.waves import active_rms, at_snr, filtered, lay_segments, level_gain, made_noise, on_device
 
 FAINT = 1e-3
 """RMS (-60 dB of full scale) below which a talker counts as silent, and is not raised to the level of the others."""
-
-MARGIN = 1024
-"""Samples of silence into which filters without delay ring."""
 
 
 @dataclass
@@ -82,7 +79,7 @@ class TalkersRenderer:
         room = room_responses(self.rirs, [talker.rir for talker in talkers], "talker", self.device)
         rooms = [None] if room is None else [room, early_part(room, RATE)]
         lowpass = [spec.lowpass_hz for spec in specs for _ in range(count)]
-        through = _filtered(dry, [talker.eq_db for talker in talkers], lowpass, rooms)
+        through = filtered(dry, [talker.eq_db for talker in talkers], lowpass, rooms)
         wanted = on_device(self.device, [10 ** (talker.gain_db / 20) for talker in talkers])[:, None]
         gain = wanted / active_rms(through[-1]).clamp_min(FAINT)
         heard, target = ((x * gain).unflatten(0, (len(specs), count)) for x in (through[0], through[-1]))
@@ -97,31 +94,8 @@ class TalkersRenderer:
         noise = lay_segments(beds, self._noise_bank, self._flat_noise, batch, frames, even_level=True)
         noise = noise + made_noise([spec.synthetic for spec in specs], frames, self.device)
         room = room_responses(self.rirs, [spec.noise_rir for spec in specs], "noise", self.device)
-        (noise,) = _filtered(noise, [None] * batch, [spec.lowpass_hz for spec in specs], [room])
+        (noise,) = filtered(noise, [None] * batch, [spec.lowpass_hz for spec in specs], [room])
         return at_snr(heard, noise, [spec.snr_db for spec in specs])
-
-
-def _filtered(
-    x: Tensor,
-    octave_gains: list[tuple[float, ...] | None],
-    lowpass_hz: list[float | None],
-    rooms: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """x (R, T) filtered, and then heard in each of ``rooms`` (R, L), ``None`` for none; untouched if nothing is asked.
-
-    The filter has no delay and rings on both sides, for which there is a margin.
-    """
-    flat = not any(octave_gains) and not any(lowpass_hz)
-    if flat and all(room is None for room in rooms):
-        return [x for _ in rooms]
-    frames = x.shape[-1]
-    longest = max(0 if room is None else room.shape[-1] for room in rooms)
-    size = 1 << (frames + longest + MARGIN - 1).bit_length()
-    spectrum = torch.fft.rfft(x, n=size)
-    if not flat:
-        spectrum = spectrum * band_filter(octave_gains, lowpass_hz, size, x.device)
-    spectra = [spectrum if room is None else spectrum * torch.fft.rfft(room, n=size) for room in rooms]
-    return [torch.fft.irfft(product, n=size)[:, :frames] for product in spectra]
 
 
 def render_talker_set(

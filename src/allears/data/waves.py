@@ -4,6 +4,7 @@ Shapes: B clips, T samples, S segments, N segment samples.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from allears.data.segments import Segment, Synthetic
 _TAPS = 16
 _FADE = 80
 _GROUP = 48
+MARGIN = 1024
+"""Samples of silence into which filters without delay ring."""
+
 OCTAVES_HZ = (125.0, 250.0, 500.0, 1000.0, 2000.0, 4000.0, 8000.0)
 
 
@@ -40,6 +44,15 @@ def _resampled(flat: Tensor, first: Tensor, last: Tensor, begin: Tensor, speed: 
     position = begin[:, None].to(torch.float64) + speed[:, None].to(torch.float64) * torch.arange(
         count, device=flat.device
     )
+    return read_at(flat, first, last, position, speed) / 32768.0
+
+
+def read_at(flat: Tensor, first: Tensor, last: Tensor, position: Tensor, speed: Tensor) -> Tensor:
+    """``flat`` between its samples, at ``position`` (S, count), each row within flat[first:last], zero outside.
+
+    Args:
+        speed: (S,); above 1 the row is low-passed, so that it can be read so much faster.
+    """
     base = position.floor()
     fraction = (position - base).to(torch.float32)
     base = base.to(torch.int64)
@@ -52,7 +65,7 @@ def _resampled(flat: Tensor, first: Tensor, last: Tensor, begin: Tensor, speed: 
         window = torch.cos(distance * (math.pi / (_TAPS + 1))).square()
         weight = cutoff * torch.sinc(cutoff * distance) * window
         total += torch.where(inside, flat[index.clamp(0, flat.shape[0] - 1)].to(torch.float32), 0.0) * weight
-    return total / 32768.0
+    return total
 
 
 def lay_segments(
@@ -122,7 +135,7 @@ def made_noise(specs: list[Synthetic | None], frames: int, device: torch.device)
 
 
 def band_filter(
-    gains: list[tuple[float, ...] | None], lowpass: list[float | None], size: int, device: torch.device
+    gains: Sequence[tuple[float, ...] | None], lowpass: Sequence[float | None], size: int, device: torch.device
 ) -> Tensor:
     """Zero-phase filter (B, size / 2 + 1): octave gains joined in log frequency, and a steep low-pass."""
     frequency = torch.fft.rfftfreq(size, 1 / RATE, device=device)
@@ -132,6 +145,29 @@ def band_filter(
     decibels = on_device(device, [gain or flat for gain in gains]) @ hats
     cut = on_device(device, [hertz or 1e9 for hertz in lowpass])[:, None]
     return 10 ** (decibels / 20) / (1 + (frequency / cut) ** 32).sqrt()
+
+
+def filtered(
+    x: Tensor,
+    octave_gains: Sequence[tuple[float, ...] | None],
+    lowpass_hz: Sequence[float | None],
+    rooms: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """x (R, T) filtered, and then heard in each of ``rooms`` (R, L), ``None`` for none; untouched if nothing is asked.
+
+    The filter has no delay and rings on both sides, for which there is a margin.
+    """
+    flat = not any(octave_gains) and not any(lowpass_hz)
+    if flat and all(room is None for room in rooms):
+        return [x for _ in rooms]
+    frames = x.shape[-1]
+    longest = max(0 if room is None else room.shape[-1] for room in rooms)
+    size = 1 << (frames + longest + MARGIN - 1).bit_length()
+    spectrum = torch.fft.rfft(x, n=size)
+    if not flat:
+        spectrum = spectrum * band_filter(octave_gains, lowpass_hz, size, x.device)
+    spectra = [spectrum if room is None else spectrum * torch.fft.rfft(room, n=size) for room in rooms]
+    return [torch.fft.irfft(product, n=size)[:, :frames] for product in spectra]
 
 
 def at_snr(heard: Tensor, noise: Tensor, snr_db: list[float | None]) -> Tensor:

@@ -1,0 +1,6 @@
+"""Echo cancellation without a linear filter; the model card is README.md beside this file."""
+
+from allears.models.echo.config import PRESETS, EchoConfig
+from allears.models.echo.pipeline import EchoCanceller, EchoResult
+
+__all__ = ["PRESETS", "EchoCanceller", "EchoConfig", "EchoResult"]

@@ -1,0 +1,261 @@
+"""The network on endless signals: hops of any number at once, and a session that takes both signals as they arrive.
+
+Shapes: M microphones, R references (1 for all, or one for each microphone), n samples, T frames.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from allears.audio.resample import StreamResampler
+from allears.audio.session import Session
+from allears.models.echo.config import EchoConfig
+from allears.models.echo.model import EchoNet, EchoState, Heard
+
+_HOPS_AT_ONCE = {"cpu": 100, "cuda": 1000}
+_LOUDEST = 1e15  # as of the session: refused here, before anything has changed
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What was found in T frames of 10 ms; each (M, T), or ``None`` where the network does not tell it.
+
+    Attributes:
+        delay_ms: by which the echo lags behind the reference, as it was found.
+        confidence: share of the attention within one frame of that delay.
+        voice: probability that somebody speaks at the near end.
+    """
+
+    delay_ms: np.ndarray | None
+    confidence: np.ndarray | None
+    voice: np.ndarray | None
+
+
+OnFacts = Callable[[Facts], None]
+
+
+def facts_of(heard: Heard, config: EchoConfig) -> Facts:
+    """Facts of the frames (M, T) of which the network tells ``heard``."""
+    delay_ms, confidence, voice = None, None, None
+    if heard.alignment is not None:
+        weights = heard.alignment.float()
+        best = weights.argmax(-1, keepdim=True)
+        near = torch.nn.functional.pad(weights, (1, 1)).unfold(-1, 3, 1).sum(-1)
+        confidence = near.gather(-1, best)[..., 0].cpu().numpy()
+        delay_ms = (1000 * config.hop_s * best[..., 0]).float().cpu().numpy()
+    if heard.voice is not None:
+        voice = heard.voice.float().sigmoid().cpu().numpy()
+    return Facts(delay_ms, confidence, voice)
+
+
+class EchoCore:
+    """Samples of M microphones and R references at the network's rate in, as many near-end samples out, a frame later.
+
+    Args:
+        net: at rest (``eval``).
+        mics: M.
+        references: R, 1 or M.
+        on_facts: is told what is found, as it is found; the last frame lies behind the end of the signal.
+    """
+
+    def __init__(self, net: EchoNet, mics: int, references: int = 1, on_facts: OnFacts | None = None) -> None:
+        self._net, self._mics, self._on_facts = net, mics, on_facts
+        self._device = next(net.parameters()).device
+        with torch.inference_mode():
+            self._state: EchoState = net.initial_state(mics)
+        self._pending = np.zeros((mics + references, 0), np.float32)
+        self._owed = 0  # samples that went in and are not out
+        self._skip = net.config.hop  # the first hop that comes out lies before the signal
+
+    def push(self, x: np.ndarray) -> np.ndarray:
+        """x (M + R, n), microphones first, to (M, m)."""
+        self._owed += x.shape[1]
+        pending = np.concatenate([self._pending, x], axis=1) if self._pending.shape[1] else x
+        whole = pending.shape[1] // self._net.config.hop * self._net.config.hop
+        self._pending = pending[:, whole:].copy()
+        return self._run(pending[:, :whole])
+
+    def flush(self) -> np.ndarray:
+        """The rest; all together are as many samples as went in."""
+        if not self._owed:
+            return np.zeros((self._mics, 0), np.float32)
+        hop = self._net.config.hop
+        rest = self._pending.shape[1]
+        self._pending = np.pad(self._pending, ((0, 0), (0, hop + (-rest) % hop)))
+        return self._run(self._pending)
+
+    def _run(self, x: np.ndarray) -> np.ndarray:
+        step = _HOPS_AT_ONCE.get(self._device.type, 100) * self._net.config.hop
+        parts = [self._advance(x[:, begin : begin + step]) for begin in range(0, x.shape[1], step)]
+        y = np.concatenate(parts, axis=1) if parts else np.zeros((self._mics, 0), np.float32)
+        skipped = min(self._skip, y.shape[1])
+        self._skip -= skipped
+        y = y[:, skipped : skipped + self._owed]
+        self._owed -= y.shape[1]
+        return y
+
+    @torch.inference_mode()
+    def _advance(self, x: np.ndarray) -> np.ndarray:
+        both = torch.from_numpy(np.ascontiguousarray(x)).to(self._device)
+        mic, reference = both[: self._mics], both[self._mics :].expand(self._mics, -1)
+        near, heard, self._state = self._net.advance(mic, reference, self._state)
+        if self._on_facts is not None:
+            self._on_facts(facts_of(heard, self._net.config))
+        return near.cpu().numpy()
+
+
+@lru_cache(maxsize=64)
+def resampling_ms(rate_hz: int, core_rate_hz: int) -> float:
+    """What conversion to the core's rate and back adds to the delay, at worst, measured with chunks of 10 ms."""
+    if rate_hz == core_rate_hz:
+        return 0.0
+    down, up = StreamResampler(1, rate_hz, core_rate_hz), StreamResampler(1, core_rate_hz, rate_hz)
+    chunk, worst = np.zeros((1, -(-rate_hz // 100)), np.float32), 0.0
+    for _ in range(100):
+        up.push(down.push(chunk))
+        worst = max(worst, down.owed / core_rate_hz + up.owed / rate_hz)
+    return 1000.0 * worst
+
+
+class EchoSession:
+    """A live canceller: chunks of any size in, also of two sizes, and what is done of the near end out.
+
+    Both signals are put together in the order of their samples: sample k of the microphone with sample k of the
+    reference. Where one is ahead, it waits for the other. Three things let a stream go on:
+
+    - ``push(mic, None)``: nothing is played now; the reference is silent for as long as the chunk lasts.
+    - The microphone waits at most ``patience_s`` for the reference. Then all that waits is done with a silent
+      reference. When the reference comes again, what it is ahead of the microphone by is taken as the late part of it,
+      and dropped, up to what was replaced; after that the two run together again.
+    - A reference that is more than 10 s ahead is refused.
+
+    A chunk that is refused changes nothing.
+
+    Args:
+        net: at rest (``eval``).
+        channels: M; the reference has one channel.
+        sample_rate_hz: of both signals, 4,000 to 384,000.
+        patience_s: as above.
+        on_facts: is told what is found, as it is found.
+
+    Raises:
+        ValueError: a rate, a number of channels or a patience out of its range.
+    """
+
+    MOST_AHEAD_S = 10.0
+
+    def __init__(
+        self,
+        net: EchoNet,
+        channels: int,
+        sample_rate_hz: int,
+        patience_s: float = 0.2,
+        on_facts: OnFacts | None = None,
+    ) -> None:
+        if channels < 1:
+            raise ValueError(f"channels: {channels} given; at least one microphone is wanted")
+        if not 0 <= patience_s < self.MOST_AHEAD_S:
+            raise ValueError(f"patience_s: {patience_s} given; 0 to below {self.MOST_AHEAD_S:g} s is wanted")
+        self._channels, self._rate, self._config = channels, sample_rate_hz, net.config
+        self._on_facts = on_facts
+        self._session = Session(
+            EchoCore(net, channels, 1, self._listen), channels + 1, channels, sample_rate_hz, net.config.sample_rate_hz
+        )
+        self._patience = round(patience_s * sample_rate_hz)
+        self._most_ahead = round(self.MOST_AHEAD_S * sample_rate_hz)
+        self._mic = np.zeros((channels, 0), np.float32)
+        self._reference = np.zeros((1, 0), np.float32)
+        self._replaced = 0  # reference samples that silence stands for, since the reference was last heard
+        self._over, self._flat = False, channels == 1
+        self.facts: Facts | None = None
+        """Of the frames that were found last."""
+
+    @property
+    def latency_ms(self) -> float:
+        """From a sample's arrival to its coming out, with chunks of one hop (10 ms), conversion of the rate included;
+        the time that the processor takes is not in it."""
+        return self._config.latency_ms + resampling_ms(self._rate, self._config.sample_rate_hz)
+
+    @property
+    def waiting_s(self) -> tuple[float, float]:
+        """How much of the microphone and of the reference waits for the other."""
+        return self._mic.shape[1] / self._rate, self._reference.shape[1] / self._rate
+
+    def push(self, mic: np.ndarray | Tensor, reference: np.ndarray | Tensor | None) -> np.ndarray:
+        """Chunks of both, n and k samples, also none, to what is done: float32, as many channels as ``mic``.
+
+        Args:
+            mic: (n,) or (M, n), floating.
+            reference: (k,) or (1, k), floating; ``None`` for silence of n samples.
+
+        Raises:
+            ValueError: another type or shape, samples that are not finite, a reference that is too far ahead, or a
+                session that has been flushed.
+        """
+        if self._over:
+            raise ValueError("push: this session has been flushed; make a new one with stream()")
+        x = _chunk(mic, self._channels, "mic")
+        r = np.zeros((1, x.shape[1]), np.float32) if reference is None else _chunk(reference, 1, "reference")
+        ahead = self._reference.shape[1] + r.shape[1] - self._mic.shape[1] - x.shape[1] - self._replaced
+        if ahead > self._most_ahead:
+            raise ValueError(
+                f"reference: {ahead / self._rate:.1f} s ahead of the microphone; at most {self.MOST_AHEAD_S:g} s wait. "
+                "Push what the microphone heard meanwhile"
+            )
+        self._mic = np.concatenate([self._mic, x], axis=1)
+        self._reference = np.concatenate([self._reference, r], axis=1)
+        if x.shape[1] and self._replaced and self._reference.shape[1]:
+            late = min(self._replaced, max(0, self._reference.shape[1] - self._mic.shape[1]))
+            self._reference, self._replaced = self._reference[:, late:], 0
+        missing = self._mic.shape[1] - self._reference.shape[1]
+        if missing > self._patience:
+            self._reference = np.pad(self._reference, ((0, 0), (0, missing)))
+            self._replaced += missing
+        self._flat = mic.ndim == 1
+        y = self._done(min(self._mic.shape[1], self._reference.shape[1]))
+        return y[0] if self._flat else y
+
+    def flush(self) -> np.ndarray:
+        """The rest of the near end, (n,) if the last chunk was, else (M, n); a reference that is missing is silent.
+
+        All together are as many samples as the microphone gave. The session is over then.
+        """
+        if self._over:
+            raise ValueError("flush: this session has been flushed; make a new one with stream()")
+        self._over = True
+        count = self._mic.shape[1]
+        self._reference = np.pad(self._reference, ((0, 0), (0, max(0, count - self._reference.shape[1]))))
+        y = np.concatenate([self._done(count), self._session.flush()], axis=1)
+        return y[0] if self._flat else y
+
+    def _done(self, count: int) -> np.ndarray:
+        both = np.concatenate([self._mic[:, :count], self._reference[:, :count]])
+        self._mic, self._reference = self._mic[:, count:].copy(), self._reference[:, count:].copy()
+        return self._session.push(both)
+
+    def _listen(self, facts: Facts) -> None:
+        self.facts = facts
+        if self._on_facts is not None:
+            self._on_facts(facts)
+
+
+def _chunk(x: np.ndarray | Tensor, channels: int, name: str) -> np.ndarray:
+    """A chunk (n,) or (C, n), n at least 0, as (C, n) float32."""
+    wanted = f"(n,) or ({channels}, n)" if channels == 1 else f"({channels}, n)"
+    if not isinstance(x, np.ndarray | Tensor):
+        raise ValueError(f"{name}: {type(x).__name__} given; an array or a tensor {wanted} is wanted")
+    floating = x.is_floating_point() if isinstance(x, Tensor) else np.issubdtype(x.dtype, np.floating)
+    if not floating:
+        raise ValueError(f"{name}: dtype {x.dtype} given; floating samples are wanted (int16: divide by 32768)")
+    if not (x.ndim == 2 and x.shape[0] == channels) and not (x.ndim == 1 and channels == 1):
+        raise ValueError(f"{name}: shape {tuple(x.shape)} given; {wanted} is wanted")
+    y = x.detach().cpu().float().numpy() if isinstance(x, Tensor) else x.astype(np.float32, copy=False)
+    if not np.isfinite(y).all():
+        raise ValueError(f"{name}: {np.count_nonzero(~np.isfinite(y))} samples are NaN or infinite; drop the chunk")
+    if (peak := float(np.abs(y).max(initial=0.0))) > _LOUDEST:
+        raise ValueError(f"{name}: a sample of size {peak:.1e}; full scale is 1, and {_LOUDEST:.0e} the most taken")
+    return y.reshape(channels, -1)
