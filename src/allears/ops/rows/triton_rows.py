@@ -11,7 +11,7 @@ from torch import Tensor
 
 from allears.ops.aot import AotCase
 
-_TILE = 4096
+_TILE = 2048
 _PROGRAMS = 1024
 
 
@@ -155,5 +155,5 @@ def aot_cases() -> list[AotCase]:
             aligned=tuple(argument for argument, kind in signature.items() if kind.startswith("*")),
         )
         for name, (kernel, signature) in kernels.items()
-        for channels, rows, width in ((64, 64, 64), (96, 32, 128))
+        for channels, rows, width in ((64, 32, 64), (96, 16, 128))
     ]
