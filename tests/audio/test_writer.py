@@ -70,8 +70,9 @@ def test_the_input_can_be_the_output(tmp_path):
 
 def test_an_interrupted_process_leaves_nothing(tmp_path):
     code = f"""
-        import numpy as np, sys
+        import numpy as np, signal, sys
         from allears.audio.files import AudioWriter
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background has it ignored
         out = AudioWriter({str(tmp_path / "a.wav")!r}, 16000, 1)  # not even a with block
         print("ready", flush=True)
         while True:
