@@ -48,3 +48,11 @@ def test_devices_and_missing_packages():
         resolve_device("toaster")
     with pytest.raises(MissingDependencyError, match=r"listening needs the package 'no_such_pkg'.*allears\[eval\]"):
         require("no_such_pkg.part", "eval", "listening")
+
+
+def test_a_gpu_without_a_number_is_that_of_the_local_rank(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert str(resolve_device("auto")) == str(resolve_device("cuda")) == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert str(resolve_device("auto")) == str(resolve_device("cuda")) == "cuda:3"
+    assert str(resolve_device("cuda:1")) == "cuda:1" and str(resolve_device("cpu")) == "cpu"

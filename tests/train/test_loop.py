@@ -93,6 +93,29 @@ def test_resumed_run_equals_unbroken_run_bit_for_bit(tmp_path, changes):
     assert other.metrics != whole.metrics
 
 
+class ConvObjective(TinyObjective):
+    def loss(self, model, step, generator):
+        x = torch.randn(2, 3, 5, 4, generator=generator)
+        error = (model(x) - x.flip(2)[:, :2]).square().mean()
+        return error, {"error": error.detach()}
+
+    def validate(self, model):
+        return {}
+
+
+def test_a_resumed_run_keeps_the_memory_order_of_its_parameters(tmp_path):
+    """The moments of channels-last weights lie as the weights do; a fused step takes both as they lie."""
+
+    def conv(seed=0):
+        torch.manual_seed(seed)
+        return torch.nn.Conv2d(3, 2, 3, padding=1).to(memory_format=torch.channels_last)
+
+    train(conv(), ConvObjective(), config(tmp_path / "whole"))
+    for seed, stop_step in ((0, 5), (1, None)):
+        train(conv(seed), ConvObjective(signal_at(stop_step)), config(tmp_path / "parts"))
+    assert_same_groups(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
+
+
 def test_crash_goes_back_to_the_last_checkpoint_and_its_log(tmp_path, monkeypatch):
     def crash(step):
         if step == 13:

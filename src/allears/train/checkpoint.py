@@ -79,9 +79,15 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what :func:`optimizer_tensors` gave, each tensor on the device of its parameter."""
+    """Put back what :func:`optimizer_tensors` gave, each tensor on the device of its parameter and, where it has its
+    shape, in its memory order: a fused optimiser takes the elements of both as they lie.
+    """
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for name, value in tensors.items():
         owner, _, entry = name.rpartition("/")
-        optimizer.state[parameters[owner]][entry] = value.to(parameters[owner].device)
+        parameter = parameters[owner]
+        kept = value.to(parameter.device)
+        if kept.shape == parameter.shape:
+            kept = torch.empty_like(parameter, dtype=kept.dtype, requires_grad=False).copy_(kept)
+        optimizer.state[parameter][entry] = kept

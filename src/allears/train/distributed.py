@@ -38,8 +38,7 @@ class Workers:
         join = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
         parallel = join or dist.is_initialized()
         if self.device.type == "cuda" and self.device.index is None:
-            local = int(os.environ.get("LOCAL_RANK", "0")) if parallel else torch.cuda.current_device()
-            self.device = torch.device("cuda", local)
+            self.device = torch.device("cuda", torch.cuda.current_device())
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if join:  # once a process: a group that was left cannot be joined again, and a recipe may train twice
