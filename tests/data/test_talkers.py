@@ -132,21 +132,56 @@ def test_what_is_left_out_and_what_is_refused():
         TalkersConfig(conversation=0.7, partial=0.4)
 
 
-def test_talkers_of_one_package_where_asked_and_possible():
-    """Two packages of three speakers and one of a single one, whose clips stay as drawn."""
+def cast_sampler(narrow=(), **settings):
+    """Two packages of three speakers and one of a single one."""
     bank = bank_of([20_000] * 14, ["speech"] * 14, speakers=7)
     package = {f"s{n}": f"p{n // 3}" for n in range(7)}
-    items = [replace(item, package=package[item.speaker]) for item in bank.items]
-    speech = replace(bank, items=items)
-    speakers = {item.id: item.speaker for item in items}
+    items = [replace(i, package=package[i.speaker], narrow_band=i.speaker in narrow) for i in bank.items]
+    config = TalkersConfig(talkers=((2, 1.0),), noisy=0.0, reverberant=0.0, conversation=0.0, **settings)
+    return TalkersSampler(replace(bank, items=items), None, config, np.random.default_rng(3)), package
 
-    def casts(share):
-        config = TalkersConfig(talkers=((2, 1.0),), noisy=0.0, reverberant=0.0, conversation=0.0, same_package=share)
-        sampler = TalkersSampler(speech, None, config, np.random.default_rng(3))
-        specs = [sampler.sample(str(n)) for n in range(300)]
-        return [tuple(speakers[talker.segments[0].item] for talker in spec.talkers) for spec in specs]
 
-    assert all(len(set(cast)) == 2 for cast in casts(1.0))
-    alike = [package[a] == package[b] for a, b in casts(1.0) if "s6" not in (a, b)]
-    assert all(alike) and any("s6" in cast for cast in casts(1.0))
-    assert 0.2 < np.mean([package[a] == package[b] for a, b in casts(0.0)]) < 0.4
+def casts(sampler, count=300):
+    """Of each clip its talkers' speakers and speeds, and how many equalisers it has."""
+    speakers = {item.id: item.speaker for item in sampler.speech.items}
+    for n in range(count):
+        talkers = sampler.sample(str(n)).talkers
+        names = [speakers[talker.segments[0].item] for talker in talkers]
+        yield names, [talker.segments[0].speed for talker in talkers], len({talker.eq_db for talker in talkers})
+
+
+def test_talkers_recorded_alike_where_asked():
+    sampler, package = cast_sampler(alike=1.0, eq=1.0)
+    again = 0
+    for (a, b), speeds, equalisers in casts(sampler):
+        assert package[a] == package[b] and equalisers == 1
+        if a == b:
+            again += 1
+            low, high = np.log(sampler.config.alike_speed)
+            assert abs(np.log(speeds[0] / speeds[1])) > 0.24 * (high - low)
+            assert all(0.8 <= speed <= 1.26 for speed in speeds)
+        assert (a == b) == (a == "s6")
+    assert again > 20
+    sampler, package = cast_sampler(eq=1.0)
+    drawn = list(casts(sampler))
+    assert 0.2 < np.mean([package[a] == package[b] for (a, b), _, _ in drawn]) < 0.4
+    assert all(a != b and equalisers == 2 for (a, b), _, equalisers in drawn)
+
+
+def test_three_recorded_alike_have_three_parts_of_the_speeds():
+    sampler, _ = cast_sampler(alike=1.0)
+    sampler = replace(sampler, config=replace(sampler.config, talkers=((3, 1.0),)))
+    orders = set()
+    for names, speeds, _ in casts(sampler):
+        if len(set(names)) == 1:
+            orders.add(tuple(np.argsort(speeds)))
+            assert np.diff(np.log(np.sort(speeds))).min() > 0.24 * np.log(1.26 / 0.8)
+    assert len(orders) == 6
+
+
+def test_one_band_a_clip_where_asked():
+    sampler, _ = cast_sampler(narrow=("s1", "s4"), one_band=True)
+    kinds = {tuple(sorted({name in ("s1", "s4") for name in names})) for names, _, _ in casts(sampler)}
+    assert kinds == {(False,), (True,)}
+    sampler, _ = cast_sampler(narrow=("s1", "s4"))
+    assert any(len({name in ("s1", "s4") for name in names}) == 2 for names, _, _ in casts(sampler))

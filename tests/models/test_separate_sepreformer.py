@@ -228,7 +228,7 @@ def test_masked_head_repeats_its_mask_over_the_mixtures_features():
     mask = F.interpolate(mask.mT, scale_factor=4, mode="nearest").mT[:, :9]
     masked = torch.stack([mask[i] * encoded[i // 2] for i in range(4)])
     wanted = F.conv_transpose1d(masked.mT, head.decoder.weight.T[:, None], stride=3)[:, 0, :25]
-    torch.testing.assert_close(head.masked(x, encoded, 25, 4), wanted)
+    torch.testing.assert_close(head.masked(x, encoded, 25, 4)[0], wanted)
     assert 0.1 < (mask > 0).double().mean() < 0.9
 
 
@@ -261,3 +261,24 @@ def test_the_decoder_is_told_the_talkers_apart_by_the_split_alone():
         for value in (net.core.split.narrow.weight, net.core.split.narrow.bias):
             value.copy_(value.unflatten(0, (3, -1))[order].flatten(0, 1))
     torch.testing.assert_close(net(mixture), before[:, order], rtol=1e-6, atol=1e-8)
+
+
+def test_a_masked_network_masks_what_it_hears_and_begins_with_the_weights_asked_for():
+    """With a mask of ones and a decoder that takes the encoder's features back, the mixture itself comes out."""
+    size = SepReformerSize(8, 2, features=16, heads=2, kernel=16, stride=16, masked=True, layer_scale=0.25)
+    net = SepReformer(SeparateConfig(sepreformer=size)).double().eval()
+    assert all(float(block.scale.weight[0]) == 0.25 for block in net.down[0][0].modules() if hasattr(block, "scale"))
+    head = net.head
+    with torch.no_grad():
+        net.encoder.weight.copy_(torch.eye(16))
+        net.encoder.weight.mul_(50.0)  # a GELU passes what is far above 0
+        head.decoder.weight.copy_(torch.eye(16) / 50.0)
+        head.narrow.weight.zero_()
+        head.narrow.bias.copy_(torch.ones(16))
+    x = rows(1, 64).abs() + 1.0
+    made = net(x)
+    torch.testing.assert_close(made.out, x[:, None].expand(-1, 2, -1))
+    torch.testing.assert_close(made.energy, x.unflatten(1, (-1, 16)).square().mean(-1)[:, None].expand(-1, 2, -1))
+    with torch.no_grad():
+        head.narrow.bias.copy_(torch.full((16,), -1.0))  # no mask is below 0
+    assert not net(x).out.any()

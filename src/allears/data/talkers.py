@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from allears.core.errors import CorpusError
+from allears.data.cast import Cast, Voice
 from allears.data.draws import RATE, Draws, without_speakers
 from allears.data.segments import Segment, Synthetic, lean_dict, read_lines, write_lines
 
@@ -84,8 +85,11 @@ class TalkersConfig:
         whole_turns: no utterance is cut because its turn is over.
         speech_speed: of a talker's voice in one clip; a voice at another speed is nearly another voice.
         babble: of the noises; off, since who babbles is a talker too.
-        same_package: share of clips whose talkers come from one package where it has enough, and so were recorded
-            alike: there a network has nothing but the voices to tell them apart by.
+        alike: share of clips whose talkers were recorded alike, so that a network has nothing but the voices to tell
+            them apart by: they come from one package, and pass through one equaliser. Where the package has too few,
+            a speaker is heard again as another, at a speed of its own (``alike_speed``, cut into parts).
+        apart: part of the logarithm of ``alike_speed`` that lies between the speeds of two such voices.
+        one_band: a clip's talkers are all full band or all narrow-band, so that the bandwidth does not tell them apart.
         leave_out: speaker names that stand for several voices.
         rirs: rooms of the renderer's bank.
     """
@@ -116,7 +120,10 @@ class TalkersConfig:
     lowpass: float = 0.05
     lowpass_hz: tuple[float, float] = (3000.0, 7000.0)
     level_db: tuple[float, float] = (-38.0, -16.0)
-    same_package: float = 0.0
+    alike: float = 0.0
+    alike_speed: tuple[float, float] = (0.8, 1.26)
+    apart: float = 0.25
+    one_band: bool = False
     leave_out: tuple[str, ...] = ("fillets-cs-minor",)
     rirs: int = 0
 
@@ -127,10 +134,6 @@ class TalkersConfig:
             raise ValueError(f"talkers: the weights of {self.talkers} add up to 0; one must be above 0")
         if self.conversation + self.partial > 1:
             raise ValueError(f"conversation, partial: {self.conversation} and {self.partial} add up to more than 1")
-
-
-Voice = tuple[np.ndarray, float]
-"""Positions of a speaker's items in the bank, and the speed."""
 
 
 @dataclass
@@ -157,8 +160,7 @@ class TalkersSampler(Draws[TalkersConfig]):
         self._counts = np.array([count for count, _ in self.config.talkers])
         weights = np.array([weight for _, weight in self.config.talkers], dtype=np.float64)
         self._count_weight = weights / weights.sum()
-        packages = [self.speech.items[self._by_speaker[name][0]].package for name in self._speaker_names]
-        self._packages = np.unique(packages, return_inverse=True)[1]
+        self._cast = Cast(self.speech, list(self._by_speaker.values()), self._speaker_weight, self.rng)
         if (most := int(self._counts[weights > 0].max())) > len(self._speaker_names):
             raise CorpusError(
                 f"speech: the bank holds {len(self._speaker_names)} speakers, and clips of {most} talkers are asked for"
@@ -169,17 +171,21 @@ class TalkersSampler(Draws[TalkersConfig]):
         config, rng = self.config, self.rng
         frames = int(config.seconds * RATE)
         count = int(rng.choice(self._counts, p=self._count_weight))
-        voices = [
-            (self._by_speaker[self._speaker_names[w]], self.speed(config.speech_speed)) for w in self._cast(count)
-        ]
+        alike = count > 1 and bool(config.alike) and self.chance(config.alike)
+        self._cast.rng = rng
+        if alike:
+            voices = self._cast.alike(count, config.alike_speed, config.apart, lambda: self.speed(config.speech_speed))
+        else:
+            voices = self._cast.distinct(count, config.one_band, lambda: self.speed(config.speech_speed))
         lines = [line for line in self._lines(frames, voices) if line]
         room = int(rng.integers(config.rirs)) if config.rirs and self.chance(config.reverberant) else None
+        shared = self.octave_gains() if alike else None
         talkers = tuple(
             Talker(
                 line,
                 round(self.uniform(config.spread_db), 2) if place else 0.0,
                 None if room is None else {"bank": room, "source": place},
-                self.octave_gains(),
+                shared if alike else self.octave_gains(),
             )
             for place, line in enumerate(lines)
         )
@@ -201,18 +207,6 @@ class TalkersSampler(Draws[TalkersConfig]):
             snr_db=round(self.uniform(config.snr_db), 2),
             noise_rir={"bank": room, "source": -1} if inside else None,
         )
-
-    def _cast(self, count: int) -> np.ndarray:
-        """Positions of the speakers, (count,)."""
-        weight = self._speaker_weight
-        chosen = self.rng.choice(len(weight), size=count, replace=False, p=weight)
-        if count > 1 and self.config.same_package and self.chance(self.config.same_package):
-            alike = np.flatnonzero(self._packages == self._packages[chosen[0]])
-            alike = alike[alike != chosen[0]]
-            if len(alike) >= count - 1:
-                share = weight[alike] / weight[alike].sum()
-                chosen[1:] = self.rng.choice(alike, size=count - 1, replace=False, p=share)
-        return chosen
 
     def _lines(self, frames: int, voices: list[Voice]) -> list[tuple[Segment, ...]]:
         """What each talker says."""

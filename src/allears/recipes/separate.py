@@ -26,11 +26,19 @@ from allears.train.graphs import graphed
 
 log = logging.getLogger(__name__)
 
-CLEAN_MIX = TalkersConfig(talkers=((2, 1.0),), noisy=0.0, reverberant=0.0, conversation=0.0, partial=0.0, lowpass=0.0)
+CLEAN_MIX = TalkersConfig(
+    talkers=((2, 1.0),), noisy=0.0, reverberant=0.0, conversation=0.0, partial=0.0, lowpass=0.0, alike=0.6
+)
 """Two talkers at once, -5 to 5 dB, nothing else: the field's usual task."""
 
 ROOM_MIX = TalkersConfig(
-    talkers=((1, 0.1), (2, 0.6), (3, 0.3)), noisy=0.6, reverberant=0.6, conversation=0.3, same_package=0.5
+    talkers=((1, 0.08), (2, 0.67), (3, 0.25)),
+    noisy=0.6,
+    reverberant=0.6,
+    conversation=0.25,
+    partial=0.1,
+    alike=0.6,
+    one_band=True,
 )
 """One to three talkers, clean or in noise, dry or in a room, all at once or in turns."""
 
@@ -54,6 +62,7 @@ class SeparateObjective:
     Args:
         steps: of the whole run; the auxiliary heads' weight follows them.
         graphs: capture the network's passes as CUDA graphs at the first step.
+        ramp_steps: the shares of noisy and reverberant clips grow from 0 to the full ones over so many steps.
     """
 
     def __init__(
@@ -66,17 +75,23 @@ class SeparateObjective:
         loss: SeparateLoss,
         steps: int,
         graphs: bool = False,
+        ramp_steps: int = 0,
     ) -> None:
         self.config, self.options, self.batch, self.seed, self.steps = config, loss, batch, seed, steps
         self._data, self._graphs = data, graphs
         self._renderer = TalkersRenderer(data.speech, data.noise, data.rooms, data.device)
         self._sampler = TalkersSampler(data.speech, data.noise, mix, np.random.default_rng(seed))
+        self._mix, self._ramp_steps = mix, ramp_steps
         self._rank = int(os.environ.get("RANK", "0"))
         self._pool = ThreadPoolExecutor(1)
         self._ahead: tuple[tuple[int, int], Future[list[TalkersSpec]]] | None = None
         self._last = (-1, 0)
 
     def _draw(self, key: tuple[int, int]) -> list[TalkersSpec]:
+        share = min(1.0, key[0] / self._ramp_steps) if self._ramp_steps else 1.0
+        self._sampler.config = replace(
+            self._mix, noisy=share * self._mix.noisy, reverberant=share * self._mix.reverberant
+        )
         self._sampler.rng = np.random.default_rng([self.seed, self._rank, *key])
         return [self._sampler.sample(f"{key[0]}-{key[1]}-{row}") for row in range(self.batch)]
 
@@ -145,6 +160,7 @@ def train_separate(
     ema_decay: float = 0.999,
     validate_every: int = 1000,
     rooms_folder: str | None = None,
+    ramp_steps: int = 0,
     data: SeparateData | None = None,
 ) -> TrainResult:
     """Train a separator and leave float16 weights as ``out/export.safetensors`` with their configuration.
@@ -163,6 +179,7 @@ def train_separate(
         auxiliary_heads: give each decoder stage a head and a loss of its own (SepReformer only).
         grad_clip, final_lr_ratio, warmup_steps, ema_decay, validate_every: see :class:`allears.train.TrainConfig`.
         rooms_folder: keep the simulated rooms here for the next run.
+        ramp_steps: the shares of noisy and reverberant clips grow from 0 to the full ones over so many steps.
         data: what :func:`load_data` gave, in place of ``corpus``, ``rirs``, ``validation_clips``, ``rooms_folder``.
 
     Raises:
@@ -191,7 +208,7 @@ def train_separate(
             raise ValueError(f"start: {start!r} lacks {min(missing)!r}; its weights are of another size or kind")
         before = origin.get("training")
     whole_run = steps or 100_000
-    objective = SeparateObjective(config, data, mixing, batch, seed, options, whole_run, graphs)
+    objective = SeparateObjective(config, data, mixing, batch, seed, options, whole_run, graphs, ramp_steps)
     settings = TrainConfig(
         out=out,
         steps=whole_run,
@@ -226,6 +243,7 @@ def train_separate(
             "warmup_steps": warmup_steps,
             "ema_decay": ema_decay,
             "seed": seed,
+            "ramp_steps": ramp_steps,
             "auxiliary_heads": auxiliary,
             "loss": to_dict(options),
             "mix": to_dict(mixing),

@@ -70,7 +70,8 @@ def load_data(
 ) -> SeparateData:
     """Read ``corpus``, simulate ``rirs`` training rooms of ``seed``, and render the validation mixtures.
 
-    Voices that were recorded below 16 kHz are full band at 8 kHz, and are taken for that rate alone.
+    Voices that were recorded below 16 kHz are full band at 8 kHz; at 16 kHz they are taken where ``mix`` keeps them
+    among themselves (``one_band``).
 
     Args:
         mix: the distribution; its shares of noisy and reverberant clips say whether noise and rooms are needed.
@@ -83,7 +84,7 @@ def load_data(
     """
     if sample_rate_hz not in RATES_HZ:
         raise ValueError(f"sample_rate_hz: {sample_rate_hz} given; training mixtures are made at 8000 or 16000")
-    wide = sample_rate_hz > 8_000
+    wide = sample_rate_hz > 8_000 and not mix.one_band
     voices = load_bank(corpus, ("speech",), ("train", "val")).select(lambda item: not (wide and item.narrow_band))
     held = voices.select(lambda item: item.split == "val" or item.speaker in hold_out)
     speech = voices.select(lambda item: item.split == "train" and item.speaker not in hold_out)
@@ -114,7 +115,8 @@ def _validation_set(
 ) -> tuple[Tensor, Tensor]:
     two = min(2, talkers, len(speech.speakers()))  # as many distinct voices as there are
     rooms = min(32, clips) if reverberant else 0
-    config = replace(mix, talkers=((two, 1.0),), change_speed=0.0, eq=0.0, conversation=0.0, partial=0.0, rirs=rooms)
+    alone = {"change_speed": 0.0, "eq": 0.0, "conversation": 0.0, "partial": 0.0, "alike": 0.0}
+    config = replace(mix, talkers=((two, 1.0),), rirs=rooms, **alone)
     sampler = TalkersSampler(speech, noise, config, np.random.default_rng(1234))
     specs = [sampler.sample(f"val-{row}") for row in range(clips)]
     bank = RirBank.simulate(rooms, 4321, device, talkers=talkers) if rooms else None

@@ -22,6 +22,9 @@ class SepReformerSize:
         heads: of all attentions; divides ``channels``.
         dropout: in training.
         max_distance: the relative positions of the published attention are clamped to this.
+        masked: the output is a mask of the encoder's features, as that of the auxiliary heads is; else, as published,
+            features made anew. With a long stride F channels do not hold the waveform, and a mask need not.
+        layer_scale: weight at the start of what each block adds. The published 1e-5 takes some hundred steps to open.
     """
 
     channels: int = 64
@@ -32,6 +35,8 @@ class SepReformerSize:
     heads: int = 8
     dropout: float = 0.05
     max_distance: int = 2000
+    masked: bool = False
+    layer_scale: float = 1e-5
 
     def __post_init__(self) -> None:
         if self.channels % self.heads:
@@ -131,9 +136,15 @@ PRESETS: dict[str, SeparateConfig] = {
     "fla-sepreformer-t-no-focus": replace(_FLA_T, power=1),
     "fla-sepreformer-t-no-conv": replace(_FLA_T, conv_taps=0),
     "fla-sepreformer-t-no-gate": replace(_FLA_T, gated=False),
-    "talkers-16k": replace(
+    "talkers-16k": SeparateConfig(
+        locoformer=LocoformerSize(48, 4, hidden=96, kernel=4, heads=3, groups=4, n_fft=512, hop=256),
+        sample_rate_hz=16_000,
+        talkers=3,
+        silent_outputs=True,
+    ),
+    "sepreformer-16k": replace(
         _FLA_T,
-        sepreformer=SepReformerSize(64, 4, kernel=32, stride=8),
+        sepreformer=SepReformerSize(64, 4, kernel=128, stride=32, dropout=0.0, masked=True, layer_scale=0.1),
         sample_rate_hz=16_000,
         talkers=3,
         silent_outputs=True,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from allears.models.separate.config import SeparateConfig
 from allears.models.separate.ega import relative_keys
 from allears.models.separate.sepreformer_blocks import GlobalBlock, Halve, LocalBlock, SpeakerBlock, Split
+from allears.nn.layer_scale import LayerScale
 from allears.nn.linear import Linear
 from allears.nn.norms import GlobalNorm
 from allears.nn.slices import map_slices
@@ -63,6 +64,9 @@ class SepReformer(nn.Module):
         self.head = OutputHead(size.channels, size.features, size.kernel, size.stride)
         heads = [OutputHead(size.channels, size.features, size.kernel, size.stride) for _ in range(size.stages)]
         self.auxiliary = nn.ModuleList(heads) if aux_heads else None
+        for module in self.modules():
+            if isinstance(module, LayerScale):
+                nn.init.constant_(module.weight, size.layer_scale)
 
     @staticmethod
     def _blocks(config: SeparateConfig, ratio: int, per_talker: bool = False) -> list[nn.Module]:
@@ -79,17 +83,20 @@ class SepReformer(nn.Module):
         encoded = F.gelu(self.encoder(cut_frames(mixture, self.size.kernel, self.size.stride)))
         x = self.norm.project(encoded, self.project.weight)
         frames = encoded.shape[1]
-        encoded = encoded if with_auxiliary else None
+        encoded = encoded if with_auxiliary or self.size.masked else None
         x = F.pad(x, (0, 0, 0, -frames % 2**self.size.stages))
         inputs, x = self._separate(x)
-        out, energy = self.head(x[:, :frames], samples)
-        features = x[:, :frames].unflatten(0, (-1, self.talkers))
+        x = x[:, :frames]
+        out, energy = (
+            self.head(x, samples) if not self.size.masked else self.head.masked(x, cast(Tensor, encoded), samples)
+        )
+        features = x.unflatten(0, (-1, self.talkers))
         stages = []
-        if encoded is not None:
-            assert self.auxiliary is not None
+        if with_auxiliary:
+            assert self.auxiliary is not None and encoded is not None
             rates = [2 ** (self.size.stages - stage) for stage in range(self.size.stages)]
             heads = cast(list[OutputHead], self.auxiliary)
-            stages = [head.masked(y, encoded, samples, r) for head, y, r in zip(heads, inputs, rates, strict=True)]
+            stages = [head.masked(y, encoded, samples, r)[0] for head, y, r in zip(heads, inputs, rates, strict=True)]
         by_talker = [y.unflatten(0, (-1, self.talkers)) for y in (out, energy, *stages)]
         return Separation(by_talker[0], by_talker[2:], features, by_talker[1])
 
@@ -114,8 +121,8 @@ class SepReformer(nn.Module):
 class OutputHead(nn.Module):
     """From features of a talker to its samples: F to 4 F, gate, to N features, and the decoder's filters.
 
-    The main head gives features, so that its two last layers, with nothing between, are multiplied into one; that of
-    a stage gives a mask of the mixture's features, not below 0.
+    The main head as published gives features, so that its two last layers, with nothing between, are multiplied into
+    one; that of a stage, and the main one of a masked network, gives a mask of the mixture's features, not below 0.
     """
 
     def __init__(self, channels: int, features: int, kernel: int, stride: int) -> None:
@@ -130,13 +137,15 @@ class OutputHead(nn.Module):
         frames = _wide(map_slices(self._frames, x, 4 * x.shape[-1]))
         return add_frames(frames, self.stride)[:, :samples], frames.square().mean(-1)
 
-    def masked(self, x: Tensor, encoded: Tensor, samples: int, ratio: int) -> Tensor:
-        """x (B * J, T', F), a frame of which stands for ``ratio`` at the full rate, to a mask of encoded (B, T, N) and
-        so to samples (B * J, S)."""
+    def masked(self, x: Tensor, encoded: Tensor, samples: int, ratio: int = 1) -> tuple[Tensor, Tensor]:
+        """x (B * J, T', F), a frame of which stands for ``ratio`` at the full rate, to a mask of encoded (B, T, N), and
+        so to samples (B * J, S) and the energy of each frame (B * J, T)."""
         mask = self.narrow(F.glu(self.widen(x), dim=-1)).relu()
-        mask = mask.repeat_interleave(ratio, dim=1)[:, : encoded.shape[1]]
+        if ratio > 1:
+            mask = mask.repeat_interleave(ratio, dim=1)[:, : encoded.shape[1]]
         masked = mask.unflatten(0, (encoded.shape[0], -1)) * encoded.unsqueeze(1)
-        return add_frames(_wide(self.decoder(masked.flatten(0, 1))), self.stride)[:, :samples]
+        frames = _wide(self.decoder(masked.flatten(0, 1)))
+        return add_frames(frames, self.stride)[:, :samples], frames.square().mean(-1)
 
     def _frames(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
