@@ -42,11 +42,15 @@ def score(reference: np.ndarray, estimate: np.ndarray, metrics: Sequence[str]) -
 
 
 def score_in_background(
-    jobs: Iterable[tuple[ClipScore, np.ndarray, np.ndarray | None]], metrics: Sequence[str], workers: int
+    jobs: Iterable[tuple[ClipScore, Any, Any]],
+    metrics: Sequence[str],
+    workers: int,
+    score: Callable[..., tuple[dict[str, float], str]] = score,
 ) -> Iterator[ClipScore]:
     """Score (entry, reference, estimate) in ``workers`` processes while the caller's iterator makes the next ones.
 
-    An estimate of ``None`` (the system failed) passes through with NaN. Entries come out in order.
+    An estimate of ``None`` (the system failed) passes through with NaN. Entries come out in order. ``score`` takes
+    reference, estimate and metrics, which are arrays and names for the one that is meant by default.
     """
     waiting: deque[tuple[ClipScore, Future | None]] = deque()
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:

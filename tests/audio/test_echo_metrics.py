@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 
 from allears.audio.metrics import collect_reasons
-from allears.audio.metrics.echo import erle_db, sdr_filtered_db, time_to_erle_s
+from allears.audio.metrics.aecmos import aecmos
+from allears.audio.metrics.echo import aligned_share, erle_db, recovery_s, sdr_filtered_db, time_to_erle_s
+from allears.audio.metrics.voice import voice_probability, voiced_share
 
 RATE = 16_000
 
@@ -89,3 +91,81 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=r"mic|output|estimate|taps|mask"):
             call()
+
+
+def test_an_echo_that_is_gone_for_a_moment_has_to_stay_gone():
+    mic, time = noise(4.0), np.arange(4 * RATE) / RATE
+    output = mic * np.where((time > 0.5) & (time < 0.9) | (time > 2.0), 0.01, 1.0)
+    assert time_to_erle_s(mic, output, RATE) == pytest.approx(0.5, abs=0.011)
+    assert time_to_erle_s(mic, output, RATE, hold_s=0.5) == pytest.approx(2.0, abs=0.011)
+    assert time_to_erle_s(mic, output, RATE, hold_s=9.0) == pytest.approx(2.0, abs=0.011)  # the clip ends before
+
+
+@pytest.mark.parametrize(("before_db", "after_db", "wanted_s"), [(30, 21, 0.6), (30, 18, np.inf), (15, 13, 0.6)])
+def test_recovery_is_to_20_db_or_to_what_was_there(before_db, after_db, wanted_s):
+    mic, time = noise(5.0), np.arange(5 * RATE) / RATE
+    down = np.where(time < 2.5, 10 ** (-before_db / 20), np.where(time < 3.1, 1.0, 10 ** (-after_db / 20)))
+    assert recovery_s(mic, mic * down, RATE, 2.5) == pytest.approx(wanted_s, abs=0.021)
+
+
+def test_nothing_recovers_that_was_not_there():
+    mic = noise(2.0)
+    with collect_reasons() as reasons:
+        assert np.isnan(recovery_s(mic, 0.6 * mic, RATE, 1.0)) and np.isnan(recovery_s(0 * mic, 0 * mic, RATE, 1.0))
+    assert "before the change" in reasons["recovery_s"]
+    with pytest.raises(ValueError, match="changed_s: got 0"):
+        recovery_s(mic, mic, RATE, 0)
+
+
+def test_aligned_share_counts_active_frames_within_the_tolerance():
+    active = np.array([True, True, True, True, False])
+    assert aligned_share([3, 5, 4, 6, 4], [4, 4, 4, 4, 90], active) == 0.75
+    assert aligned_share([3, 5, 4, 6, 4], [4, 4, 4, 4, 90], active, tolerance=0) == 0.25
+    with collect_reasons() as reasons:
+        assert np.isnan(aligned_share([1], [1], [False]))
+    assert "never heard" in reasons["aligned_share"]
+    with pytest.raises(ValueError, match="wanted one shape"):
+        aligned_share([1, 2], [1], [True])
+
+
+def test_aecmos_is_that_of_its_package():
+    theirs = pytest.importorskip("speechmos.aecmos")
+    mic, far = 0.1 * noise(2.0, 1), 0.1 * noise(2.0, 2)
+    output = 0.5 * mic
+    for scenario, name in (("far", "st"), ("near", "nst"), ("double", "dt")):
+        signals = {"lpb": far.astype(np.float32), "mic": mic.astype(np.float32), "enh": output.astype(np.float32)}
+        wanted = theirs.run(signals, 16_000, name)
+        found = aecmos(mic, far, output, scenario)
+        assert found == pytest.approx((wanted["echo_mos"], wanted["deg_mos"]), abs=1e-4)
+    with collect_reasons() as reasons:
+        assert np.isnan(aecmos(mic[:0], far[:0], output[:0], "far").echo)
+    assert "aecmos" in reasons
+
+
+def test_aecmos_refuses():
+    x = noise(0.1)
+    for call, message in (
+        (lambda: aecmos(x, x, x[1:], "far"), "samples, wanted as many"),
+        (lambda: aecmos(x, x, x, "both"), "scenario: got 'both'"),
+        (lambda: aecmos(x, x, x, "far", 48_000), "sample_rate_hz: got 48000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_voiced_share_counts_the_chosen_moments(monkeypatch):
+    monkeypatch.setattr("allears.audio.metrics.voice.voice_probability", lambda audio: np.array([0.1, 0.9, 0.6, 0.2]))
+    at = np.zeros(13, bool)
+    at[[1, 4, 7, 12]] = True  # samples 160, 640, 1120, 1920: frames 0, 1, 2, 3
+    assert voiced_share(np.zeros(2048), at) == 0.5 and voiced_share(np.zeros(2048), at, threshold=0.7) == 0.25
+    assert np.isnan(voiced_share(np.zeros(2048), ~np.ones(13, bool)))
+
+
+def test_the_voice_detector_hears_no_voice_in_silence_and_hiss():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("silero_vad")
+    found = voice_probability(np.concatenate([np.zeros(8_000), 1e-3 * noise(0.5)]))
+    assert found.shape == (32,) and (found < 0.5).all() and (found >= 0).all()
+    assert voice_probability(np.zeros(0)).shape == (0,)
+    with pytest.raises(ValueError, match="sample_rate_hz"):
+        voice_probability(np.zeros(10), 8_000)

@@ -1,17 +1,17 @@
-"""The echo canceller on waveforms, files and live chunks: all give the same, whatever the rate, length and chunking."""
+"""The echo canceller on waveforms and live chunks: both give the same, whatever the rate, length and chunking."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.models.echo_nets import SMALL, make
+from tests.models.one_thread import one_thread  # noqa: F401
 
 from allears.core.config import to_dict
-from allears.core.errors import AudioFileError, WeightsError
+from allears.core.errors import WeightsError
 from allears.core.weights import save_weights
 from allears.models.echo import EchoCanceller
 from allears.models.echo.model import EchoNet
@@ -123,6 +123,18 @@ def test_a_reference_that_was_lost_is_not_waited_for():
     close(np.concatenate([*parts, session.flush()]), CANCELLER(mic, reference, RATE))
 
 
+def test_a_reference_that_was_lost_longer_than_one_wait_is_in_time_again_at_once():
+    """An outage of 400 samples in chunks of 80, with a patience of 160: none of it waits when the reference is back."""
+    mic, reference = noise(3200), noise(3200, seed=1)
+    reference[640:1040] = 0
+    session = CANCELLER.stream(RATE, patience_s=0.01)
+    parts = [session.push(mic[:640], reference[:640])]
+    parts += [session.push(mic[at : at + 80], reference[:0]) for at in range(640, 1040, 80)]
+    assert session.waiting_s == (0.0, 0.0)
+    parts += [session.push(mic[at : at + 80], reference[at : at + 80]) for at in range(1040, 3200, 80)]
+    close(np.concatenate([*parts, session.flush()]), CANCELLER(mic, reference, RATE))
+
+
 def test_a_refused_chunk_changes_nothing():
     mic, reference = noise(2000), noise(2000, seed=1)
     session = CANCELLER.stream(RATE)
@@ -231,64 +243,6 @@ def test_bad_options_are_refused():
     assert isinstance(CANCELLER.stream(RATE), EchoSession)
 
 
-@pytest.mark.parametrize(
-    ("rate", "channels", "played_rate", "played_channels", "played_seconds"),
-    [(16_000, 1, 16_000, 1, 0.4), (44_100, 2, 16_000, 1, 0.2), (8_000, 1, 48_000, 2, 0.9), (192_000, 1, 8_000, 1, 0.4)],
-)
-def test_a_file_gets_what_a_waveform_gets(tmp_path, rate, channels, played_rate, played_channels, played_seconds):
-    from allears.audio.resample import resample
-
-    soundfile.write(tmp_path / "mic.wav", 0.1 * noise(int(0.4 * rate), channels), rate, subtype="PCM_24")
-    soundfile.write(
-        tmp_path / "ref.flac", 0.1 * noise(int(played_seconds * played_rate), played_channels, seed=1), played_rate
-    )
-    mic = soundfile.read(tmp_path / "mic.wav", dtype="float32", always_2d=True)[0].T
-    reference = soundfile.read(tmp_path / "ref.flac", dtype="float32", always_2d=True)[0].T.mean(0, keepdims=True)
-    events = []
-    result = CANCELLER.process_file(
-        tmp_path / "mic.wav", tmp_path / "ref.flac", tmp_path / "out.wav", on_progress=events.append
-    )
-    written = soundfile.info(tmp_path / "out.wav")
-    assert (written.samplerate, written.channels, written.frames) == (rate, channels, mic.shape[1])
-    assert written.subtype == "PCM_24"
-    y = soundfile.read(tmp_path / "out.wav", dtype="float32", always_2d=True)[0].T
-    close(y, CANCELLER(mic, resample(reference, played_rate, rate)[0], rate))
-    assert (result.frames, result.channels, result.sample_rate_hz) == (mic.shape[1], channels, rate)
-    assert events[-1].done == events[-1].total == result.duration_s and events[-1].message == "mic.wav"
-    frames = -(-round(mic.shape[1] * RATE / rate) // SMALL.hop) + 1
-    assert result.facts.delay_ms.shape == result.facts.voice.shape == (1, frames)
-
-
-def test_a_stereo_file_holds_both(tmp_path):
-    both = noise(5000, 2)
-    soundfile.write(tmp_path / "both.wav", both, RATE, subtype="FLOAT")
-    result = CANCELLER.process_file(tmp_path / "both.wav", None, tmp_path / "out.wav")
-    y, _ = soundfile.read(tmp_path / "out.wav", dtype="float32")
-    assert result.channels == 1
-    close(y, CANCELLER(both[:, 0].copy(), both[:, 1].copy(), RATE))
-
-
-def test_bad_files_leave_nothing(tmp_path):
-    soundfile.write(tmp_path / "mic.wav", noise(5000), RATE)
-    with pytest.raises(AudioFileError, match="has 1 channels; name a reference too"):
-        CANCELLER.process_file(tmp_path / "mic.wav", None, tmp_path / "out.wav")
-    with pytest.raises(AudioFileError, match="no such file"):
-        CANCELLER.process_file(tmp_path / "mic.wav", tmp_path / "none.wav", tmp_path / "out.wav")
-    bad = noise(5000)
-    bad[4000] = np.nan
-    soundfile.write(tmp_path / "nan.wav", bad, RATE, subtype="FLOAT")
-    for mic, reference in (("mic.wav", "nan.wav"), ("nan.wav", "mic.wav")):
-        with pytest.raises(AudioFileError, match="NaN"):
-            CANCELLER.process_file(tmp_path / mic, tmp_path / reference, tmp_path / "out.wav")
-
-    def stop(event):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        CANCELLER.process_file(tmp_path / "mic.wav", tmp_path / "mic.wav", tmp_path / "out.wav", on_progress=stop)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mic.wav", "nan.wav"]
-
-
 def test_weights_are_found_and_checked(tmp_path):
     net = make(replace(SMALL, voice_gate=False))
     save_weights(tmp_path / "weights", net.state_dict(), {"model": "echo", "config": to_dict(net.config)}, dtype=None)
@@ -303,3 +257,9 @@ def test_weights_are_found_and_checked(tmp_path):
         EchoCanceller.from_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="neither shipped weights"):
         EchoCanceller.from_pretrained("no-such-model")
+
+
+def test_without_shipped_weights_the_default_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("allears.models.echo.pipeline.SHIPPED", tmp_path)
+    with pytest.raises(WeightsError, match="'echo-16k', the shipped echo canceller, is not trained yet; name a folder"):
+        EchoCanceller.from_pretrained()

@@ -4,7 +4,6 @@ The page needs no network and no other file. Nothing in it knows what the tracks
 "talker 1" and "talker 2", "microphone" and "echo removed" are all names that the caller gives.
 """
 
-import base64
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,8 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from allears.audio.report_axes import Strip, decimals, show_strips, ticks, x_axis, y_axis
+from allears.audio.report_axes import Strip, as_uri, decimals, show_strips, ticks, x_axis, y_axis
+from allears.audio.report_panels import Panel, show_panels
 from allears.audio.report_style import SCRIPT, STYLE
 from allears.audio.spectrogram import as_channels, colour_map, level_range_db, spectrogram_db, spectrogram_png
 
@@ -49,7 +49,9 @@ class Track:
 class ReportEntry:
     """Tracks to compare, on one time axis and one colour scale.
 
-    ``facts`` are shown as "name value" below the title, and ``strips`` below those, over ``duration_s``.
+    ``facts`` are shown as "name value" below the title, and ``strips`` below those, over ``duration_s``. With
+    ``panels``, tracks stand below each other, and the panels below them, on one time axis: that of the clip that is
+    shown. ``overview`` holds panels over ``duration_s``; they are shown where that is longer than the clip.
     """
 
     title: str
@@ -58,6 +60,8 @@ class ReportEntry:
     duration_s: float | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
     strips: Sequence[Strip] = ()
+    panels: Sequence[Panel] = ()
+    overview: Sequence[Panel] = ()
 
 
 def write_report(
@@ -135,11 +139,28 @@ def _card(entry: ReportEntry) -> str:
 {_facts({**_timing(entry), **entry.facts})}
 {show_strips(entry.strips, entry.duration_s or 0.0)}
 {_scores(entry.tracks)}
-<div class="tracks">
+{_overview(entry, clips)}
+<div class="{"stacked" if entry.panels else "tracks"}">
 {shown}
+{show_panels(entry.panels, _longest_s(entry, clips))}
 </div>
 {_scale(low, high)}
 </article>"""
+
+
+def _longest_s(entry: ReportEntry, clips: Sequence[NDArray[np.float64]]) -> float:
+    return max(clip.shape[1] / track.sample_rate_hz for track, clip in zip(entry.tracks, clips, strict=True))
+
+
+def _overview(entry: ReportEntry, clips: Sequence[NDArray[np.float64]]) -> str:
+    """The panels over the whole length, where the clip is not all of it."""
+    if not entry.overview or not entry.duration_s or entry.duration_s <= _longest_s(entry, clips) + 0.01:
+        return ""
+    return f"""<h2 class="part">The whole recording</h2>
+<div class="stacked">
+{show_panels(entry.overview, entry.duration_s)}
+</div>
+<h2 class="part">The first {_longest_s(entry, clips):.0f} s</h2>"""
 
 
 def _clip(track: Track) -> NDArray[np.float64]:
@@ -196,7 +217,7 @@ def _track(
         notes.append(f"the first {duration_s:.0f} s of {clock(whole_s)}")
     if channels > 2:
         notes.append("played as the mean of all channels")
-    name, picture = escape(track.name), _uri("image/png", spectrogram_png(level, low, high))
+    name, picture = escape(track.name), as_uri("image/png", spectrogram_png(level, low, high))
     seconds, step = ticks(duration_s, 5)
     times = [(at / duration_s, f"{at:.{decimals(step)}f}") for at in seconds]
     khz, step = ticks(rate / 2000, 5)
@@ -233,7 +254,7 @@ def _player(clip: NDArray[np.float64], sample_rate_hz: int) -> str:
     kind = "FLAC" if sample_rate_hz <= 192_000 else "WAV"
     stream = io.BytesIO()
     soundfile.write(stream, np.clip(heard.T, -1, 1), sample_rate_hz, format=kind, subtype="PCM_16")
-    return _uri(f"audio/{kind.lower()}", stream.getvalue())
+    return as_uri(f"audio/{kind.lower()}", stream.getvalue())
 
 
 def _scale(low: float, high: float) -> str:
@@ -252,7 +273,3 @@ def clock(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
-
-
-def _uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

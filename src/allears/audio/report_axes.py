@@ -1,5 +1,6 @@
 """Axes of the report's plots, and strips that show over the whole length of a file who speaks when."""
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -62,3 +63,8 @@ def x_axis(marks: Sequence[tuple[float, str]]) -> str:
         side = ' class="first"' if share < 0.02 else ' class="last"' if share > 0.96 else ""
         spans += f'<span{side} style="left: {100 * share:.1f}%">{label} s</span>'
     return f'<div class="x">{spans}</div>'
+
+
+def as_uri(kind: str, data: bytes) -> str:
+    """Data of a media type such as ``image/png`` as an address that holds it."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

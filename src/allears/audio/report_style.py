@@ -41,6 +41,28 @@ audio { display: block; width: 100%; height: 2.5rem; margin: .5rem 0; }
   align-items: center; margin-top: .75rem; font-size: .72rem; color: var(--faint); }
 .strips svg { width: 100%; height: .9rem; display: block; border-radius: .2rem; background: var(--page);
   fill: var(--wave); }
+.stacked { display: grid; gap: 1rem; margin-top: 1rem; }
+.stacked .track { display: block; margin: 0; }
+.stacked .plot { grid-template-columns: 4rem minmax(0, 1fr); }
+.stacked .field { height: 9rem; }
+.stacked .wave .field { height: 3.5rem; }
+.stacked .curves .field { height: 7.5rem; background: var(--page); }
+.stacked .rows .field { height: 3rem; background: var(--page); }
+.stacked .field { cursor: crosshair; }
+.stacked.played .field::after { content: ""; position: absolute; inset: 0 auto 0 calc(100% * var(--at, 0));
+  border-left: 1px solid var(--accent); }
+.panel { min-width: 0; }
+.panel h3 { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; margin-bottom: .25rem; }
+.panel path { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+.panel path.faint { stroke: var(--faint); stroke-width: 1; opacity: .7; }
+.panel .dark path { stroke: #fff; stroke-width: 1.25; }
+.panel .dark .field { background: #000; }
+.panel rect { fill: var(--wave); }
+.legend { font-weight: 400; font-size: .72rem; color: var(--faint); }
+.legend i { display: inline-block; width: 1.2rem; height: 0; border-top: 2px solid var(--accent); margin: 0 .35rem .2rem
+  .8rem; }
+.legend i.faint { border-color: var(--faint); }
+h2.part { margin-top: 1.25rem; font-size: 1rem; }
 .scale { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; margin-top: .75rem; font-size: .72rem;
   color: var(--faint); }
 .scale i { display: block; flex: 0 0 9rem; height: .6rem; border-radius: .3rem; }
@@ -62,6 +84,20 @@ document.querySelectorAll("article").forEach(function (article) {
       players.forEach(function (other) {
         if (other !== player && !other.paused) { player.currentTime = other.currentTime; other.pause(); }
       });
+    });
+    player.addEventListener("timeupdate", function () {
+      var stacked = player.closest(".stacked");
+      if (!stacked || !player.duration) { return; }
+      stacked.classList.add("played");
+      stacked.style.setProperty("--at", player.currentTime / player.duration);
+    });
+  });
+  article.querySelectorAll(".stacked .field").forEach(function (field) {
+    field.addEventListener("click", function (event) {
+      var own = Array.from(field.closest(".stacked").querySelectorAll("audio"));
+      var player = own.find(function (other) { return !other.paused; }) || own[0];
+      var box = field.getBoundingClientRect();
+      if (player && player.duration) { player.currentTime = player.duration * (event.clientX - box.left) / box.width; }
     });
   });
 });

@@ -1,4 +1,4 @@
-"""``allears eval``: score files against their references, or a shipped model on a test set."""
+"""``allears eval``: score files against their references, or a shipped model on a test set; echo: ``eval_echo``."""
 
 import json
 import logging
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from allears.cli.eval_echo import Echo
 
 if TYPE_CHECKING:
     from allears.audio.metrics import Interval
@@ -50,7 +52,7 @@ class Files:
         for estimate, reference in pairs:
             scores[str(estimate)], reasons[str(estimate)] = self._score(estimate, reference)
         if self.json:
-            print(json.dumps({"files": _finite(scores), "unscored": {k: v for k, v in reasons.items() if v}}, indent=1))
+            print(json.dumps({"files": finite(scores), "unscored": {k: v for k, v in reasons.items() if v}}, indent=1))
             return 0
         table = {name: {metric: _cell(value) for metric, value in row.items()} for name, row in scores.items()}
         if len(scores) > 1:
@@ -158,7 +160,7 @@ class Enhance:
             "gain": {m: paired_bootstrap_interval(clean, noisy) for m, (noisy, clean) in columns.items()},
         }
         if self.json:
-            found = {s: {m: _finite(i._asdict()) for m, i in row.items()} for s, row in intervals.items()}
+            found = {s: {m: finite(i._asdict()) for m, i in row.items()} for s, row in intervals.items()}
             print(json.dumps({"clips": len(before), "scores": found}, indent=1))
             return 0
         print(f"{len(before)} clips, mean and 95 % interval")
@@ -166,7 +168,7 @@ class Enhance:
         return 0
 
 
-COMMANDS = {"files": Files, "enhance": Enhance}
+COMMANDS = {"files": Files, "enhance": Enhance, "echo": Echo}
 
 
 def pair_files(estimates: Sequence[Path], reference: Path | None) -> list[tuple[Path, Path | None]]:
@@ -213,8 +215,8 @@ def _cell(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """NaN and infinity, which JSON lacks, as null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

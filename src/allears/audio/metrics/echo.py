@@ -47,6 +47,7 @@ def time_to_erle_s(
     start_s: float = 0.0,
     window_s: float = 0.2,
     active_db: float = -40.0,
+    hold_s: float = 0.0,
 ) -> float:
     """How long after the echo began the canceller takes it down by ``level_db``.
 
@@ -57,6 +58,8 @@ def time_to_erle_s(
     Args:
         mic, output: (T,) float, aligned, far end alone.
         start_s: where to begin, such as at a change of the path.
+        hold_s: for how long all windows with echo from there on must be so too: an echo that was not heard for a moment
+            is not yet one that is gone.
 
     Returns:
         Seconds; inf where the level is never reached, NaN where there is no echo.
@@ -75,10 +78,63 @@ def time_to_erle_s(
     active = before >= before.max() * 10 ** (active_db / 10)
     if before.max() <= 0:
         return unscored("time_to_erle_s", "the microphone is silent")
-    reached = active & (before >= after * 10 ** (level_db / 10))
+    gone = before >= after * 10 ** (level_db / 10)
+    failed = np.concatenate([[0], np.cumsum(active & ~gone)])
+    until = np.minimum(np.arange(len(gone)) + round(hold_s / HOP_S) + 1, len(gone))
+    reached = active & gone & (failed[until] == failed[:-1])
     if not reached.any():
         return float("inf")
     return float((reached.argmax() - active.argmax()) * HOP_S)
+
+
+def recovery_s(mic: Any, output: Any, sample_rate_hz: int, changed_s: float, level_db: float = 20.0) -> float:
+    """How long after a change of delay or path the echo is down again as far as it was.
+
+    As far: by ``level_db``, or, where it was not so far down in the 2 s before the change, 3 dB less than there; for
+    half a second on end.
+
+    Args:
+        mic, output: (T,) float, aligned, far end alone.
+        changed_s: when the change came.
+
+    Returns:
+        Seconds; inf where that is never reached, NaN where nothing was taken away before (less than 6 dB), or there is
+        no echo.
+
+    Raises:
+        ValueError: as :func:`time_to_erle_s`, or nothing lies before the change.
+    """
+    mic, output = _pair(mic, output)
+    changed = round(changed_s * sample_rate_hz)
+    before = slice(max(0, changed - 2 * sample_rate_hz), changed)
+    if changed <= 0:
+        raise ValueError(f"changed_s: got {changed_s}, wanted a time above 0, that of the change")
+    reached_db = erle_db(mic[before], output[before])
+    if not reached_db >= 6.0:
+        return unscored("recovery_s", f"{reached_db:.1f} dB were taken away before the change; wanted 6 or more")
+    wanted_db = min(level_db, reached_db - 3.0)
+    return time_to_erle_s(mic, output, sample_rate_hz, wanted_db, changed_s, hold_s=0.5)
+
+
+def aligned_share(found: Any, delays: Any, active: Any, tolerance: int = 1) -> float:
+    """The share of frames whose delay was found to within ``tolerance`` frames.
+
+    Args:
+        found, delays: (T,) frames of delay, as found and as it is.
+        active: (T,) bool: the frames that count, in which the far end is heard.
+
+    Returns:
+        0 to 1; NaN where no frame counts.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    found, delays, active = np.asarray(found), np.asarray(delays), np.asarray(active, bool)
+    if not found.shape == delays.shape == active.shape:
+        raise ValueError(f"found, delays, active: got {found.shape}, {delays.shape}, {active.shape}, wanted one shape")
+    if not active.any():
+        return unscored("aligned_share", "the far end is never heard")
+    return float((np.abs(found - delays)[active] <= tolerance).mean())
 
 
 def sdr_filtered_db(estimate: Any, reference: Any, taps: int = 512) -> float:

@@ -2,8 +2,8 @@
 
 The file takes a hop of microphone and of reference and every tensor of the state, and gives a hop of the near end (of
 the hop before), what is heard, and every tensor of the next state. The state before the first hop is zeros but for
-``levels``; :class:`OnnxStep` reads it from the file. Complex numbers, which ONNX lacks, do not occur: both transforms
-are products with matrices. Shapes: B = 1, N samples of a frame, F bins.
+``levels``; ``OnnxGraph`` (``runtime.py``) reads it from the file. Complex numbers, which ONNX lacks, do not occur: both
+transforms are products with matrices. Shapes: B = 1, N samples of a frame, F bins.
 """
 
 import json
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -22,16 +23,10 @@ from torch import Tensor, nn
 
 from allears.core.errors import require
 from allears.models.echo.model import EchoNet, EchoState, Heard
+from allears.models.echo.runtime import ALIGNMENT, INITIAL, MIC, NEAR, NEXT, REFERENCE, VOICE, OnnxNet, OnnxStep
 from allears.nn.causal import fuse_norms
 
-MIC, REFERENCE, NEAR, ALIGNMENT, VOICE = "mic", "reference", "near", "alignment", "voice"
-"""Names in the file: (1, hop) the first three, (1, D) and (1,) the others, where the network has them."""
-
-NEXT = "next_"
-"""What the name of a state's tensor begins with where it comes out."""
-
 _OPSET = 17
-_INITIAL = "initial_levels"
 
 Hops = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """A hop (hop,) of microphone and reference to one of the near end."""
@@ -134,7 +129,7 @@ def export_onnx(net: EchoNet, path: str | Path) -> Path:
                 dynamo=False,
             )
         model = onnx.load(str(partial))
-        onnx.helper.set_model_props(model, {_INITIAL: json.dumps(state["levels"].tolist())})
+        onnx.helper.set_model_props(model, {INITIAL: json.dumps(state["levels"].tolist())})
         onnx.save(model, str(partial))
         os.replace(partial, path)
     finally:
@@ -142,35 +137,15 @@ def export_onnx(net: EchoNet, path: str | Path) -> Path:
     return path
 
 
-class OnnxStep:
-    """A stream through an ONNX file of :func:`export_onnx`: hop after hop, the state kept here.
+def as_onnx(net: EchoNet, threads: int = 1) -> OnnxNet:
+    """The network behind an ONNX file of it that is kept in memory, for :class:`allears.models.echo.EchoCanceller`.
 
     Raises:
-        MissingDependencyError: onnxruntime is not installed.
+        MissingDependencyError: ``onnx`` or ``onnxruntime`` is not installed.
     """
-
-    def __init__(self, path: str | Path, threads: int = 1) -> None:
-        runtime = require("onnxruntime", "onnx", "running an ONNX file")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = threads
-        self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        levels = json.loads(self._session.get_modelmeta().custom_metadata_map[_INITIAL])
-        self._outputs = [output.name for output in self._session.get_outputs()]
-        self.state = {
-            given.name: np.zeros(given.shape, np.float32)
-            for given in self._session.get_inputs()
-            if given.name not in (MIC, REFERENCE)
-        }
-        self.state["levels"] = np.asarray(levels, np.float32)
-        self.facts: dict[str, np.ndarray] = {}
-
-    def __call__(self, mic: np.ndarray, reference: np.ndarray) -> np.ndarray:
-        """The next hop of both, (hop,), to one of the near end; ``facts`` holds what was heard."""
-        given = {MIC: mic[None], REFERENCE: reference[None], **self.state}
-        made = dict(zip(self._outputs, self._session.run(None, given), strict=True))
-        self.state = {name: made[NEXT + name] for name in self.state}
-        self.facts = {name: made[name] for name in (ALIGNMENT, VOICE) if name in made}
-        return made[NEAR][0]
+    require("onnxruntime", "onnx", "running an ONNX file")
+    with TemporaryDirectory() as folder:
+        return OnnxNet(export_onnx(net, Path(folder) / "net.onnx").read_bytes(), net.config, threads)
 
 
 class TorchStep:

@@ -4,50 +4,33 @@ Shapes: B clips, C channels, T samples of the microphone, T' of the reference.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from allears.audio.files import AudioReader
 from allears.audio.formats import matching_subtype
-from allears.audio.resample import StreamResampler, fit_length
+from allears.audio.resample import fit_length
 from allears.audio.session import Session, as_batch, as_given
 from allears.audio.writer import AudioWriter
 from allears.core.device import resolve_device
-from allears.core.errors import AudioFileError
+from allears.core.errors import WeightsError
 from allears.core.progress import OnProgress, Progress
-from allears.core.weights import check_keys, load_pretrained
+from allears.core.weights import SHIPPED, check_keys, load_pretrained, weight_paths
 from allears.models.echo.config import EchoConfig
+from allears.models.echo.files import BLOCK_FRAMES, opened
 from allears.models.echo.model import EchoNet
-from allears.models.echo.stream import EchoCore, EchoSession, Facts, OnFacts
+from allears.models.echo.result import EchoResult, Kept
+from allears.models.echo.stream import EchoCore, EchoSession, Network, OnFacts
 from allears.nn.causal import fuse_norms
 
-DEFAULT = "echo-base"
-_BLOCK_FRAMES = 65_536
-
-
-@dataclass(frozen=True, eq=False)
-class EchoResult:
-    """What :meth:`EchoCanceller.process_file` did. ``facts`` are those of the first microphone channel, (1, frames)."""
-
-    duration_s: float
-    elapsed_s: float
-    sample_rate_hz: int
-    channels: int
-    frames: int
-    facts: Facts
-
-    @property
-    def rtf(self) -> float:
-        """Real-time factor: processing time over duration."""
-        return self.elapsed_s / self.duration_s if self.duration_s else 0.0
+DEFAULT = "echo-16k"
+Runtime = Literal["pytorch", "onnx"]
+"""What runs the network: PyTorch on any device, or onnxruntime on one thread of the CPU."""
 
 
 class EchoCanceller:
@@ -63,14 +46,30 @@ class EchoCanceller:
             worked in.
         device: ``auto``, ``cpu``, ``cuda`` or a torch device.
         name: shown in reports.
+        runtime: ``pytorch``, or ``onnx`` for onnxruntime on the CPU (extra ``[onnx]``); both give the same.
+
+    Raises:
+        ValueError: a device or runtime that is none, or that do not go together.
+        MissingDependencyError: ``onnx`` or ``onnxruntime`` is not installed.
     """
 
-    def __init__(self, net: EchoNet, device: str | torch.device = "auto", name: str = "custom") -> None:
-        self.device = resolve_device(device)
+    def __init__(
+        self, net: EchoNet, device: str | torch.device = "auto", name: str = "custom", runtime: Runtime = "pytorch"
+    ) -> None:
+        if runtime not in ("pytorch", "onnx"):
+            raise ValueError(f"runtime: {runtime!r} given; pytorch or onnx is wanted")
+        self.device = resolve_device("cpu" if runtime == "onnx" and device == "auto" else device)
+        if runtime == "onnx" and self.device.type != "cpu":
+            raise ValueError(f"device: {self.device} given; the runtime onnx is for the CPU, pytorch for all others")
         self.net = deepcopy(net).to(self.device).eval().requires_grad_(False)
         fuse_norms(self.net)
         self.config: EchoConfig = net.config
-        self.name = name
+        self.name, self.runtime = name, runtime
+        self._engine: Network = self.net
+        if runtime == "onnx":
+            from allears.models.echo.export import as_onnx
+
+            self._engine = as_onnx(self.net)
 
     @classmethod
     def from_pretrained(
@@ -79,6 +78,7 @@ class EchoCanceller:
         device: str | torch.device = "auto",
         *,
         voice_gate: bool | None = None,
+        runtime: Runtime = "pytorch",
     ) -> "EchoCanceller":
         """Load shipped weights by name, or your own from a folder (with ``weights.safetensors`` and
         ``weights.json``) or a path stem.
@@ -87,16 +87,22 @@ class EchoCanceller:
             name_or_folder: of the weights.
             device: ``auto``, ``cpu``, ``cuda`` or a torch device.
             voice_gate: close the output where nobody at the near end speaks; the default is the model's own.
+            runtime: ``pytorch`` or ``onnx``.
 
         Raises:
             WeightsError: nothing is found there, or it is corrupt or of another model.
         """
+        if str(name_or_folder) == DEFAULT and not any(p.exists() for p in weight_paths(SHIPPED / DEFAULT)):
+            raise WeightsError(
+                f"model: {DEFAULT!r}, the shipped echo canceller, is not trained yet; name a folder with "
+                "weights.safetensors and weights.json of your own"
+            )
         found = load_pretrained(name_or_folder, "echo", EchoConfig)
         config = found.config if voice_gate is None else replace(found.config, voice_gate=voice_gate)
         net = EchoNet(config)
         check_keys(net, found.tensors)
         net.load_state_dict(found.tensors)
-        return cls(net, device, found.name)
+        return cls(net, device, found.name, runtime)
 
     @property
     def parameters(self) -> int:
@@ -155,7 +161,7 @@ class EchoCanceller:
         on_facts: OnFacts | None = None,
     ) -> EchoSession:
         """A live session; see :class:`EchoSession` for its arguments and for what it does with chunks that differ."""
-        return EchoSession(self.net, channels, sample_rate_hz, patience_s, on_facts)
+        return EchoSession(self._engine, channels, sample_rate_hz, patience_s, on_facts)
 
     def process_file(
         self,
@@ -163,78 +169,62 @@ class EchoCanceller:
         reference: str | Path | None,
         dst: str | Path,
         *,
+        reference_channel: int | None = None,
         on_progress: OnProgress | None = None,
+        block_frames: int = BLOCK_FRAMES,
     ) -> EchoResult:
         """Cancel the echo in a file, in bounded memory whatever its length (facts aside: 1.2 kB a second).
 
+        Both files begin at the same time. A reference that ends early is silent from there on, and what it has more
+        than the microphone is not used; :attr:`EchoResult.notes` and the log tell that, and what lengths that differ
+        by less than 1 % say about the clocks.
+
         Args:
             mic: what the microphone heard; each channel for itself.
-            reference: what was played, of any rate and length; its channels are averaged. Both begin at the same time;
-                what is missing at its end is silent. ``None``: ``mic`` has two channels, and the second is the
-                reference.
-            dst: gets rate, length and, where its format allows, bit depth of ``mic``; it appears under its name only
-                when it is complete.
-            on_progress: is told how far it is.
+            reference: what was played, of any rate, length and channel count; its channels are averaged. ``None``: it
+                is a channel of ``mic``.
+            dst: gets rate, length and, where its format allows, bit depth of ``mic``, and a channel for each
+                microphone; it appears under its name only when it is complete.
+            reference_channel: for ``reference=None``: which channel of ``mic``, from 1; the others are microphones. By
+                default ``mic`` is stereo, and the second channel is it.
+            on_progress: is told how many seconds are finished.
+            block_frames: samples that are read at once, 1 or more; the result does not depend on it.
 
         Raises:
-            AudioFileError: a file cannot be read or ``dst`` cannot be written, or ``mic`` has not two channels where
-                they are wanted.
+            AudioFileError: a file cannot be read or ``dst`` cannot be written, or ``mic`` has not the channels wanted.
+            ValueError: files or options that do not go together.
         """
-        facts: list[Facts] = []
         begun, done = time.perf_counter(), 0
-        with ExitStack() as stack:
-            reader = stack.enter_context(AudioReader(mic, block_frames=_BLOCK_FRAMES))
-            info, played = reader.info, None
-            if reference is not None:
-                played = _Played(stack.enter_context(AudioReader(reference, _BLOCK_FRAMES)), info.sample_rate_hz)
-            elif info.channels != 2:
-                raise AudioFileError(
-                    f"{mic}: has {info.channels} channels; name a reference too, or give a stereo file with the "
-                    "microphone left and the reference right"
-                )
-            mics = info.channels if played is not None else 1
-            session = self._session(mics, 1, info.sample_rate_hz, lambda found: facts.append(_of_first(found)))
+        kept = Kept(self.config.hop_s)
+        with opened(mic, reference, reference_channel, block_frames) as recording:
+            info, name = recording.info, Path(mic).name
+            for source in (mic, reference):
+                if source is not None and Path(dst).exists() and Path(dst).samefile(source):
+                    raise ValueError(f"dst: {dst} is an input; give the output a name of its own")
+            session = self._session(recording.mics, 1, info.sample_rate_hz, kept.push)
             subtype = matching_subtype(info, Path(dst).suffix)
-            writer = stack.enter_context(AudioWriter(dst, info.sample_rate_hz, mics, subtype, info.frames))
-            for block in reader:
-                done += block.shape[1]
-                both = block if played is None else np.concatenate([block, played.take(block.shape[1])])
-                writer.write(session.push(both))
-                if on_progress is not None:
-                    on_progress(Progress(done / info.sample_rate_hz, info.duration_s, "s", Path(mic).name))
-            writer.write(session.flush())
+            with AudioWriter(dst, info.sample_rate_hz, recording.mics, subtype, info.frames) as writer:
+                for both in recording:
+                    done += both.shape[1]
+                    writer.write(session.push(both))
+                    if on_progress is not None:
+                        on_progress(Progress(done / info.sample_rate_hz, info.duration_s, "s", name))
+                writer.write(session.flush())
         return EchoResult(
             done / info.sample_rate_hz,
             time.perf_counter() - begun,
             info.sample_rate_hz,
-            mics,
+            recording.mics,
             done,
-            _joined(facts),
+            kept.facts(),
+            self.config.hop_s,
+            kept.alignment(),
+            tuple(recording.notes),
         )
 
     def _session(self, mics: int, references: int, rate: int, on_facts: OnFacts | None) -> Session:
-        core = EchoCore(self.net, mics, references, on_facts)
+        core = EchoCore(self._engine, mics, references, on_facts)
         return Session(core, mics + references, mics, rate, self.config.sample_rate_hz)
-
-
-class _Played:
-    """The reference's file as one channel at the microphone's rate, silent behind its end."""
-
-    def __init__(self, reader: AudioReader, rate_hz: int) -> None:
-        self._blocks: Iterator[np.ndarray] = iter(reader)
-        self._resampler = StreamResampler(1, reader.info.sample_rate_hz, rate_hz)
-        self._waiting = np.zeros((1, 0), np.float32)
-        self._over = False
-
-    def take(self, count: int) -> np.ndarray:
-        """The next ``count`` samples, (1, count)."""
-        while self._waiting.shape[1] < count and not self._over:
-            block = next(self._blocks, None)
-            self._over = block is None
-            new = self._resampler.flush() if block is None else self._resampler.push(block.mean(0, keepdims=True))
-            self._waiting = np.concatenate([self._waiting, new], axis=1)
-        taken, self._waiting = self._waiting[:, :count], self._waiting[:, count:]
-        return fit_length(taken, count)
 
 
 def _checked(audio: np.ndarray | Tensor, name: str) -> np.ndarray:
@@ -243,17 +233,3 @@ def _checked(audio: np.ndarray | Tensor, name: str) -> np.ndarray:
         return as_batch(audio)
     except ValueError as error:
         raise ValueError(str(error).replace("audio:", f"{name}:", 1)) from None
-
-
-def _of_first(facts: Facts) -> Facts:
-    return Facts(
-        *(None if value is None else value[:1].copy() for value in (facts.delay_ms, facts.confidence, facts.voice))
-    )
-
-
-def _joined(facts: list[Facts]) -> Facts:
-    def join(values: list[np.ndarray | None]) -> np.ndarray | None:
-        kept = [value for value in values if value is not None]
-        return np.concatenate(kept, axis=1) if kept else None
-
-    return Facts(join([f.delay_ms for f in facts]), join([f.confidence for f in facts]), join([f.voice for f in facts]))

@@ -1,23 +1,34 @@
 """The network on endless signals: hops of any number at once, and a session that takes both signals as they arrive.
 
-Shapes: M microphones, R references (1 for all, or one for each microphone), n samples, T frames.
+Shapes: M microphones, R references (1 for all, or one for each microphone), n samples, T frames, D delays.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from allears.audio.resample import StreamResampler
 from allears.audio.session import Session
 from allears.models.echo.config import EchoConfig
-from allears.models.echo.model import EchoNet, EchoState, Heard
+from allears.models.echo.model import Heard
 
 _HOPS_AT_ONCE = {"cpu": 100, "cuda": 1000}
 _LOUDEST = 1e15  # as of the session: refused here, before anything has changed
+
+
+class Network(Protocol):
+    """What a stream runs: an ``EchoNet`` at rest, or its ONNX file (``runtime.OnnxNet``)."""
+
+    config: EchoConfig
+
+    def initial_state(self, batch: int) -> Any: ...
+
+    def advance(self, mic: Tensor, reference: Tensor, state: Any) -> tuple[Tensor, Heard, Any]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +39,13 @@ class Facts:
         delay_ms: by which the echo lags behind the reference, as it was found.
         confidence: share of the attention within one frame of that delay.
         voice: probability that somebody speaks at the near end.
+        alignment: (M, T, D), the attention over delays of 0 to D - 1 frames, of which the first two are told.
     """
 
     delay_ms: np.ndarray | None
     confidence: np.ndarray | None
     voice: np.ndarray | None
+    alignment: np.ndarray | None = None
 
 
 OnFacts = Callable[[Facts], None]
@@ -40,16 +53,17 @@ OnFacts = Callable[[Facts], None]
 
 def facts_of(heard: Heard, config: EchoConfig) -> Facts:
     """Facts of the frames (M, T) of which the network tells ``heard``."""
-    delay_ms, confidence, voice = None, None, None
+    delay_ms, confidence, voice, alignment = None, None, None, None
     if heard.alignment is not None:
         weights = heard.alignment.float()
         best = weights.argmax(-1, keepdim=True)
         near = torch.nn.functional.pad(weights, (1, 1)).unfold(-1, 3, 1).sum(-1)
         confidence = near.gather(-1, best)[..., 0].cpu().numpy()
         delay_ms = (1000 * config.hop_s * best[..., 0]).float().cpu().numpy()
+        alignment = weights.cpu().numpy()
     if heard.voice is not None:
         voice = heard.voice.float().sigmoid().cpu().numpy()
-    return Facts(delay_ms, confidence, voice)
+    return Facts(delay_ms, confidence, voice, alignment)
 
 
 class EchoCore:
@@ -62,11 +76,11 @@ class EchoCore:
         on_facts: is told what is found, as it is found; the last frame lies behind the end of the signal.
     """
 
-    def __init__(self, net: EchoNet, mics: int, references: int = 1, on_facts: OnFacts | None = None) -> None:
+    def __init__(self, net: Network, mics: int, references: int = 1, on_facts: OnFacts | None = None) -> None:
         self._net, self._mics, self._on_facts = net, mics, on_facts
-        self._device = next(net.parameters()).device
+        self._device = next(net.parameters()).device if isinstance(net, nn.Module) else torch.device("cpu")
         with torch.inference_mode():
-            self._state: EchoState = net.initial_state(mics)
+            self._state = net.initial_state(mics)
         self._pending = np.zeros((mics + references, 0), np.float32)
         self._owed = 0  # samples that went in and are not out
         self._skip = net.config.hop  # the first hop that comes out lies before the signal
@@ -129,7 +143,7 @@ class EchoSession:
 
     - ``push(mic, None)``: nothing is played now; the reference is silent for as long as the chunk lasts.
     - The microphone waits at most ``patience_s`` for the reference. Then all that waits is done with a silent
-      reference. When the reference comes again, what it is ahead of the microphone by is taken as the late part of it,
+      reference, and so is what comes until the reference does, without another wait. When the reference comes again, what it is ahead of the microphone by is taken as the late part of it,
       and dropped, up to what was replaced; after that the two run together again.
     - A reference that is more than 10 s ahead is refused.
 
@@ -150,7 +164,7 @@ class EchoSession:
 
     def __init__(
         self,
-        net: EchoNet,
+        net: Network,
         channels: int,
         sample_rate_hz: int,
         patience_s: float = 0.2,
@@ -212,7 +226,7 @@ class EchoSession:
             late = min(self._replaced, max(0, self._reference.shape[1] - self._mic.shape[1]))
             self._reference, self._replaced = self._reference[:, late:], 0
         missing = self._mic.shape[1] - self._reference.shape[1]
-        if missing > self._patience:
+        if missing > (0 if self._replaced else self._patience):  # what is missing longer is not waited for again
             self._reference = np.pad(self._reference, ((0, 0), (0, missing)))
             self._replaced += missing
         self._flat = mic.ndim == 1
