@@ -1,1 +1,1 @@
-"""Flow matching and its solvers."""
+"""Flow matching, its solvers, and distillation to a few steps (rCM)."""
