@@ -1,7 +1,8 @@
 # make demo: hear it.  make test: all checks.  make lint, make bench, make clean, make distclean.
 #
 # Variables: PYTHON (3.11 or newer), VENV, TORCH (installed only where torch is missing; for a CPU or another CUDA build
-# give the name of that build, or install torch into $(VENV) first), TEST_SET and CORPUS (for make bench).
+# give the name of that build, or install torch into $(VENV) first), JOBS (processes of make test, one thread each),
+# TEST_SET and CORPUS (for make bench).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -11,6 +12,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 CORPUS ?= corpus
+JOBS ?= 2
 TEST_SET ?= benchmarks/sets/enhance-test.jsonl
 SCORED := announcement-in-a-crowd.flac
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
@@ -47,7 +49,7 @@ $(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
 
 $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml
 	@echo "installing allears with everything that the checks need into $(VENV)"
-	$(PIP) install --quiet --editable ".[dev,eval,train,media,text]"
+	$(PIP) install --quiet --editable ".[dev,eval,train,media,text,serve]"
 	touch $@ $(STAMPS)/demo
 
 demo: $(STAMPS)/demo
@@ -68,7 +70,7 @@ base-install: $(STAMPS)/dev
 	$(PY) .ci/base_install.py
 
 test: lint base-install
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 $(STAMPS)/peers: $(STAMPS)/dev benchmarks/requirements-peers.txt
 	$(PIP) install --quiet --requirement benchmarks/requirements-peers.txt

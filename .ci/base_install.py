@@ -28,6 +28,11 @@ OPTIONAL = (
     "pyroomacoustics",
     "pytest",
     "triton",
+    "fastapi",
+    "uvicorn",
+    "websockets",
+    "diffusers",
+    "transformers",
 )
 
 IMPORT_ALL = """

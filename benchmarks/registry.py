@@ -33,6 +33,7 @@ _CASE_MODULES = (
     "attention",
     "sparse_attention",
     "linear_attention",
+    "gemm",
     "sagebwd_pretrain",
     "nvfp4",
     "sla2_quality",
@@ -40,6 +41,10 @@ _CASE_MODULES = (
     "separate",
     "separate_conversation",
     "separate_speed",
+    "echo",
+    "echo_speed",
+    "echo_server",
+    "video",
 )
 
 

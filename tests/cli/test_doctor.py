@@ -13,7 +13,7 @@ from allears.cli.main import main
 from allears.core.weights import save_weights
 
 PROJECT = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
-MODULE_OF = {"import-linter": "importlinter", "nvidia-cuda-nvrtc": "nvidia"}
+MODULE_OF = {"import-linter": "importlinter", "nvidia-cuda-nvrtc": "nvidia", "pytest-xdist": "xdist"}
 
 
 def test_json_describes_this_machine(capsys):

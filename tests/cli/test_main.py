@@ -78,7 +78,7 @@ def test_help_imports_no_verb_and_names_each():
 
 @pytest.mark.parametrize("name", list(cli.VERBS))
 def test_every_verb_has_a_command(name):
-    module = importlib.import_module(f"allears.cli.{name}")
+    module = importlib.import_module(f"allears.cli.{name.replace('-', '_')}")
     commands = list(module.COMMANDS.values()) if hasattr(module, "COMMANDS") else [module.COMMAND]
     assert commands and all(callable(command.run) for command in commands)
 

@@ -10,9 +10,11 @@ import tyro
 
 from allears import __version__
 from allears.bench.attention.settings import Settings
+from allears.bench.gemm.settings import Settings as GemmSettings
 from allears.bench.linear.settings import Settings as LinearSettings
 from allears.bench.separate.settings import Settings as SeparateSettings
 from allears.bench.sparse.settings import Settings as SparseSettings
+from allears.bench.video.settings import Settings as VideoSettings
 
 if TYPE_CHECKING:
     from allears.bench.attention.run import Report
@@ -101,6 +103,26 @@ class Linear(Bench):
 
 
 @dataclass
+class Gemm(Bench):
+    """Time linear layers in 8 bits, whole, at Wan's shapes, beside bf16, cuBLAS, and torchao where installed.
+
+    Each is first compared with float64; one that is wrong gets no speed. Writes gemm.json and gemm.png. For instance
+    "allears bench gemm", "allears bench gemm --quick", "allears bench gemm --cases 'linear 32760x1536x8960'", or
+    "allears bench gemm --tune", which times the tile sizes of our kernel instead.
+    """
+
+    settings: tyro.conf.OmitArgPrefixes[GemmSettings] = field(default_factory=GemmSettings)
+    name: ClassVar[str] = "gemm"
+
+    def report(self, figure_path: Path) -> "Report":
+        from allears.bench.attention.show import run_and_show
+        from allears.bench.gemm import figure
+        from allears.bench.gemm.run import measure
+
+        return run_and_show(cast(Any, self.settings), figure_path, measure, figure.draw)
+
+
+@dataclass
 class Separate(Bench):
     """Time separators and read their memory from 5 s to 10 minutes, in three kinds of attention; needs no weights.
 
@@ -120,4 +142,31 @@ class Separate(Bench):
         return run_and_show(cast(Any, self.settings), figure_path, measure, figure.draw)
 
 
-COMMANDS = {"attention": Attention, "sparse": Sparse, "linear": Linear, "separate": Separate}
+@dataclass
+class Video(Bench):
+    """Time Wan's video diffusion step by step: as diffusers has it, each change alone, and all together; no weights.
+
+    Each change is first compared with the stock network. Writes video.json and video.png. For instance
+    "allears bench video", "allears bench video --quick", or
+    "allears bench video --cases 1.3B-480p --systems diffusers allears-4step".
+    """
+
+    settings: tyro.conf.OmitArgPrefixes[VideoSettings] = field(default_factory=VideoSettings)
+    name: ClassVar[str] = "video"
+
+    def report(self, figure_path: Path) -> "Report":
+        from allears.bench.attention.show import run_and_show
+        from allears.bench.video import figure
+        from allears.bench.video.run import measure
+
+        return run_and_show(cast(Any, self.settings), figure_path, measure, figure.draw)
+
+
+COMMANDS = {
+    "attention": Attention,
+    "sparse": Sparse,
+    "linear": Linear,
+    "gemm": Gemm,
+    "separate": Separate,
+    "video": Video,
+}

@@ -18,12 +18,13 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "eval": ("scores: PESQ, ESTOI, DNSMOS", ("pesq", "pystoi", "speechmos", "onnxruntime", "librosa", "scipy")),
     "media": ("any container or codec that FFmpeg reads", ("av",)),
     "onnx": ("separation networks as ONNX files", ("onnx", "onnxruntime")),
+    "serve": ("the server of live streams", ("fastapi", "uvicorn", "websockets")),
     "text": ("text corpora: the tokenizer", ("tokenizers",)),
     "gpu": ("attention and matrix kernels on a CUDA GPU", ("triton",)),
     "hub": ("transformers and diffusers models on our attention", ("transformers", "diffusers")),
     "dev": (
         "the project's own tests and checks",
-        ("pytest", "hypothesis", "ruff", "importlinter", "pyrefly", "onnx", "triton", "nvidia"),
+        ("pytest", "xdist", "hypothesis", "ruff", "importlinter", "pyrefly", "onnx", "triton", "nvidia"),
     ),
 }
 """Every optional extra: what it unlocks, and the modules it brings."""

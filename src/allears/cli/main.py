@@ -23,9 +23,12 @@ from allears import __version__
 VERBS = {
     "enhance": "clean recorded speech: files, folders or globs in, the same files without the noise out",
     "separate": "part the talkers of a recording: files, folders or globs in, one file per talker out",
+    "cancel-echo": "take a loudspeaker's echo out of a microphone's recording: files, folders or globs in pairs",
+    "video": "make a short video of what a sentence says, in a small world of things that move",
     "eval": "score audio files, or a model on a test set",
     "train": "train a model from a recipe",
     "data": "prepare the corpora and inspect their manifests",
+    "serve": "cancel echo live: a server for many streams, and a web page to try it",
     "bench": "measure attention on this machine, beside the other packages installed",
     "doctor": "show what this machine has, and which kernels and models can run on it",
 }
@@ -133,7 +136,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _parse(verb: str, arguments: list[str]) -> int:
     import tyro
 
-    module = import_module(f"allears.cli.{verb}")
+    module = import_module(f"allears.cli.{verb.replace('-', '_')}")
     prog, config = f"allears {verb}", (tyro.conf.FlagCreatePairsOff,)
     spoken = io.StringIO()
     try:

@@ -8,9 +8,12 @@ from importlib import import_module
 from typing import Any
 
 _ENTRIES = {
+    "echo": "allears.recipes.echo:train_echo",
     "enhance": "allears.recipes.enhance:train_enhance",
     "pretrain": "allears.recipes.pretrain:train_language",
+    "rcm": "allears.recipes.rcm:distil_enhancer",
     "separate": "allears.recipes.separate:train_separate",
+    "video": "allears.recipes.video:train_video",
 }
 
 

@@ -6,6 +6,11 @@ from typing import Any
 from rich.table import Table
 
 _COLUMNS = {
+    "total_s": ("total s", "{:.3f}"),
+    "step_ms": ("step ms", "{:.1f}"),
+    "attention_ms": ("attention ms", "{:.1f}"),
+    "linear_ms": ("linear ms", "{:.1f}"),
+    "other_ms": ("other ms", "{:.1f}"),
     "ms": ("ms", "{:.3f}"),
     "fwd_bwd_ms": ("fwd+bwd ms", "{:.3f}"),
     "graph_ms": ("graph ms", "{:.3f}"),
@@ -18,6 +23,7 @@ _COLUMNS = {
     "rel_err_dk": ("dK", "{:.4f}"),
     "rel_err_dv": ("dV", "{:.4f}"),
     "peak_gb": ("peak GB", "{:.2f}"),
+    "estimate_gb": ("estimated GB", "{:.2f}"),
     "memory_frac": ("memory", "{:.1%}"),
     "extra_memory_frac": ("extra memory", "{:.1%}"),
 }

@@ -55,6 +55,11 @@ def apply(model: nn.Module, path_stem: str | os.PathLike[str], **changes: Any) -
         WeightsError: the files are missing, of another kind, or do not fit the layers of the model.
         ValueError: a change is of a field that the router was trained for.
     """
+    return install(model, read_cores(path_stem, **changes))
+
+
+def read_cores(path_stem: str | os.PathLike[str], **changes: Any) -> dict[str, SparseLinearAttention]:
+    """The fitted cores that :func:`sparsify` left at ``path_stem``, by layer; see :func:`apply`."""
     if wrong := sorted(set(changes) - {"precision", "backward"}):
         raise ValueError(f"{wrong[0]}: given, but the layers were fitted for their own; change precision or backward")
     tensors, record = load_weights(path_stem)
@@ -71,7 +76,7 @@ def apply(model: nn.Module, path_stem: str | os.PathLike[str], **changes: Any) -
             check_keys(core, state)
             core.load_state_dict(state)
             cores[name] = core
-    return install(model, cores)
+    return cores
 
 
 def install(model: nn.Module, cores: dict[str, SparseLinearAttention]) -> Installed:

@@ -1,0 +1,1 @@
+"""What is Wan's own: sizes, names in checkpoints, and the fused transformer block."""
