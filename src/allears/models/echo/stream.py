@@ -143,8 +143,9 @@ class EchoSession:
 
     - ``push(mic, None)``: nothing is played now; the reference is silent for as long as the chunk lasts.
     - The microphone waits at most ``patience_s`` for the reference. Then all that waits is done with a silent
-      reference, and so is what comes until the reference does, without another wait. When the reference comes again, what it is ahead of the microphone by is taken as the late part of it,
-      and dropped, up to what was replaced; after that the two run together again.
+      reference, and so is what comes until the reference does, without another wait. When the reference comes again,
+      what it is ahead of the microphone by is taken as the late part of it, and dropped, up to what was replaced;
+      after that the two run together again.
     - A reference that is more than 10 s ahead is refused.
 
     A chunk that is refused changes nothing.
