@@ -1,6 +1,8 @@
 """The server over real sockets: streams, admission, limits, back-pressure, health, metrics, shutdown."""
 
+import asyncio
 import json
+import socket
 import threading
 import time
 
@@ -12,6 +14,7 @@ from websockets.exceptions import ConnectionClosed
 from allears.serve.limits import Limits
 from allears.serve.metrics import Metrics, Times
 from allears.serve.protocol import END, INT16, Code, encode
+from allears.serve.run import listen
 
 RNG = np.random.default_rng(0)
 
@@ -288,3 +291,26 @@ def test_raw_bytes_at_the_end_of_a_stream_are_not_read(address):
             for _ in range(200):
                 client.socket.send(encode(1, NONE, NONE))
                 time.sleep(0.01)
+
+
+def test_replies_do_not_wait_for_the_clients_next_frame():
+    """Nagle's delay is off for an accepted connection: else a reply lies until the client has said it got the last."""
+
+    async def accepted() -> int:
+        told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(_reader, writer):
+            found = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+            told.set_result(found)
+
+        with listen("127.0.0.1", 0) as listening:
+            server = await asyncio.start_server(connected, sock=listening)
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            try:
+                return await asyncio.wait_for(told, 10)
+            finally:
+                writer.close()
+                server.close()
+
+    assert asyncio.run(accepted())

@@ -80,7 +80,9 @@ def listen(host: str, port: int) -> socket.socket:
         OSError: the address cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=128)
+    plain = socket.create_server((host, port), family=family, backlog=128)
+    # asyncio turns off the delay of small packets (Nagle) only where a socket says that it is TCP.
+    return socket.socket(plain.family, plain.type, socket.IPPROTO_TCP, fileno=plain.detach())
 
 
 def serve(server: "uvicorn.Server", listening: socket.socket) -> None:
