@@ -1,5 +1,6 @@
 """What computes: groups of hops equal single ones, both engines equal the canceller, one's fault is nobody else's."""
 
+import itertools
 import threading
 import time
 
@@ -138,9 +139,10 @@ def run_all(call, jobs):
 
 
 def test_jobs_that_wait_are_worked_on_together():
-    groups, running, most_running, lock = [], [0], [0], threading.Lock()
+    groups, running, most_running, lock, all_there = [], [0], [0], threading.Lock(), threading.Event()
 
     def run(jobs):
+        assert all_there.wait(10)
         with lock:
             running[0] += 1
             most_running[0] = max(most_running[0], running[0])
@@ -150,7 +152,15 @@ def test_jobs_that_wait_are_worked_on_together():
             running[0] -= 1
         return [job * job for job in jobs]
 
-    assert run_all(Combiner(run, seats=2, most=4), list(range(30))) == [job * job for job in range(30)]
+    combiner = Combiner(run, seats=2, most=4)
+    entered = itertools.count(1)
+
+    def call(job):
+        if next(entered) == 30:  # by then the others wait or are about to
+            threading.Timer(0.2, all_there.set).start()
+        return combiner(job)
+
+    assert run_all(call, list(range(30))) == [job * job for job in range(30)]
     assert sum(groups) == 30 and max(groups) == 4 and len(groups) < 15 and most_running[0] == 2
 
 

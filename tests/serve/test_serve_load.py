@@ -30,4 +30,7 @@ def test_sessions_come_and_go_in_every_way():
         wait_for(lambda: hall.running == 0)
     assert ended == dict.fromkeys(("end", "close", "vanish", "nonsense", "text"), 4)
     assert hall.metrics.sessions["echo"] == 20 == hall.metrics.closed.total()
-    assert hall.metrics.closed[1000] >= 8 and hall.metrics.closed[4001] == 4 and hall.metrics.closed[1003] == 4
+    closed = hall.metrics.closed
+    assert closed[4001] == 4 and closed[1003] == 4
+    # Who closes while a reply is on its way to him may be seen to go (1005, 1006) before his goodbye is read.
+    assert closed[1000] >= 4 and closed[1000] + closed[1005] + closed[1006] == 12

@@ -95,6 +95,8 @@ def test_resumed_run_equals_unbroken_run_bit_for_bit(tmp_path, changes):
 
 class ConvObjective(TinyObjective):
     def loss(self, model, step, generator):
+        if self.at_step is not None:
+            self.at_step(step)
         x = torch.randn(2, 3, 5, 4, generator=generator)
         error = (model(x) - x.flip(2)[:, :2]).square().mean()
         return error, {"error": error.detach()}
@@ -111,8 +113,11 @@ def test_a_resumed_run_keeps_the_memory_order_of_its_parameters(tmp_path):
         return torch.nn.Conv2d(3, 2, 3, padding=1).to(memory_format=torch.channels_last)
 
     train(conv(), ConvObjective(), config(tmp_path / "whole"))
-    for seed, stop_step in ((0, 5), (1, None)):
-        train(conv(seed), ConvObjective(signal_at(stop_step)), config(tmp_path / "parts"))
+    stops = [
+        train(conv(seed), ConvObjective(signal_at(stop_step)), config(tmp_path / "parts")).stop
+        for seed, stop_step in ((0, 5), (1, None))
+    ]
+    assert stops == ["signal", "steps"]
     assert_same_groups(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
 
 
