@@ -5,12 +5,12 @@ Shapes: B clips, J outputs, S samples, P = J! permutations, R auxiliary heads.
 
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Measure = Literal["si_snr", "snr"]
+Measure = Literal["si_snr", "snr", "both"]
 _EPS = 1e-8
 
 
@@ -19,8 +19,9 @@ class SeparateLoss:
     """What is minimised.
 
     Args:
-        measure: ``si_snr``, which ignores the level of an output, as the published systems train; or ``snr``, which
-            teaches the level too, and which silent outputs need.
+        measure: ``si_snr``, which ignores the level of an output, as the published systems train; ``snr``, which
+            teaches the level too, and which silent outputs need; or ``both``, their mean: by SNR alone a network that
+            cannot tell the talkers apart yet gains 3 dB by half the mixture in each output, and is slow to leave that.
         ceiling_db: no clip is pushed beyond this: the error is measured over a floor this far under the target
             (Wisdom et al., "What's all the fuss about free universal sound separation data?", ICASSP 2021, eq. 2).
         silent_db: an output without a talker is pushed to this far under the mixture (the same paper, eq. 3).
@@ -40,8 +41,8 @@ class SeparateLoss:
     hop: int = 128
 
     def __post_init__(self) -> None:
-        if self.measure not in ("si_snr", "snr"):
-            raise ValueError(f"measure: {self.measure!r} given; it must be 'si_snr' or 'snr'")
+        if self.measure not in get_args(Measure):
+            raise ValueError(f"measure: {self.measure!r} given; it must be 'si_snr', 'snr' or 'both'")
         if not 0 <= self.auxiliary < 1:
             raise ValueError(f"auxiliary: {self.auxiliary} given; it must be at least 0 and below 1")
 
@@ -61,18 +62,21 @@ def pair_losses(estimates: Tensor, sources: Tensor, mixture_power: Tensor, loss:
     estimate, source = estimates.flatten(2).float(), sources.flatten(2).float()
     product = torch.einsum("bis,bjs->bij", estimate, source)
     own, wanted = estimate.square().sum(-1)[:, :, None], source.square().sum(-1)[:, None]
-    if loss.measure == "si_snr":
+    floor, active = 10 ** (-loss.ceiling_db / 10), []
+    if loss.measure != "snr":
         # |a s - e|^2 with a = <e, s> / |s|^2, over |a s|^2
         target = product.square() / wanted.clamp_min(_EPS)
-        error = (own - target).clamp_min(0)
-    else:
+        active.append(_decibels((own - target).clamp_min(0) + floor * target, target))
+    if loss.measure != "si_snr":
         target = wanted.expand_as(product)
-        error = (own + wanted - 2 * product).clamp_min(0)
-    floor = 10 ** (-loss.ceiling_db / 10)
-    active = 10 * torch.log10((error + floor * target + _EPS) / (target + _EPS))
+        active.append(_decibels((own + wanted - 2 * product).clamp_min(0) + floor * target, target))
     power = mixture_power.float()[:, None, None]
-    quiet = 10 * torch.log10((own + 10 ** (-loss.silent_db / 10) * power + _EPS) / (power + _EPS)).expand_as(active)
-    return torch.where(_heard(wanted, power), active, quiet)
+    quiet = _decibels(own + 10 ** (-loss.silent_db / 10) * power, power).expand_as(product)
+    return torch.where(_heard(wanted, power), sum(active) / len(active), quiet)
+
+
+def _decibels(part: Tensor, whole: Tensor) -> Tensor:
+    return 10 * torch.log10((part + _EPS) / (whole + _EPS))
 
 
 def _heard(wanted: Tensor, power: Tensor) -> Tensor:
