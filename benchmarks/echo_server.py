@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -163,15 +164,19 @@ class EchoServerCase:
         with _serving(model, self.engine, 64, self.cores) as server:
             asyncio.run(come_and_go(server.host, server.port, max(1, self.sessions // 5)))
             before, begun = server.resident_mb(), time.perf_counter()
-            ended = asyncio.run(come_and_go(server.host, server.port, self.sessions))
+            ended, sizes = Counter[str](), [before]
+            for part in (self.sessions // 2, self.sessions - self.sessions // 2):
+                ended += Counter(asyncio.run(come_and_go(server.host, server.port, part)))
+                sizes.append(server.resident_mb())
             elapsed, health = time.perf_counter() - begun, server.health()
-            after, open_files = server.resident_mb(), len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
+            after, open_files = sizes[-1], len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
         system = f"allears-{health['engine']}"
         rows.append(results.row("server-leak", system, "grown_mb", after - before, n=self.sessions))
+        rows.append(results.row("server-leak", system, "grown_in_second_half_mb", after - sizes[1], n=self.sessions))
         rows.append(results.row("server-leak", system, "sessions_left", health["sessions"], n=self.sessions))
         notes.append(
             f"{self.sessions} sessions after {max(1, self.sessions // 5)} others, in {elapsed:.0f} s, ended as "
-            f"{ended}: {before:.1f} MB before, {after:.1f} MB after, {health['sessions']} left, {open_files} open files"
+            f"{dict(ended)}: {before:.1f} MB before, {sizes[1]:.1f} MB halfway, {after:.1f} MB after, {health['sessions']} left, {open_files} open files"
         )
         console.print(notes[-1], highlight=False)
 
