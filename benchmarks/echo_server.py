@@ -176,7 +176,8 @@ class EchoServerCase:
         rows.append(results.row("server-leak", system, "sessions_left", health["sessions"], n=self.sessions))
         notes.append(
             f"{self.sessions} sessions after {max(1, self.sessions // 5)} others, in {elapsed:.0f} s, ended as "
-            f"{dict(ended)}: {before:.1f} MB before, {sizes[1]:.1f} MB halfway, {after:.1f} MB after, {health['sessions']} left, {open_files} open files"
+            f"{dict(ended)}: {before:.1f} MB before, {sizes[1]:.1f} MB halfway, {after:.1f} MB after, "
+            f"{health['sessions']} left, {open_files} open files"
         )
         console.print(notes[-1], highlight=False)
 
