@@ -267,7 +267,7 @@ def test_a_masked_network_masks_what_it_hears_and_begins_with_the_weights_asked_
     """With a mask of ones and a decoder that takes the encoder's features back, the mixture itself comes out."""
     size = SepReformerSize(8, 2, features=16, heads=2, kernel=16, stride=16, masked=True, layer_scale=0.25)
     net = SepReformer(SeparateConfig(sepreformer=size)).double().eval()
-    assert all(float(block.scale.weight[0]) == 0.25 for block in net.down[0][0].modules() if hasattr(block, "scale"))
+    assert all(block.scale.weight[0].item() == 0.25 for block in net.down[0][0].modules() if hasattr(block, "scale"))
     head = net.head
     with torch.no_grad():
         net.encoder.weight.copy_(torch.eye(16))
