@@ -11,7 +11,6 @@ from allears.core.errors import CorpusError
 from allears.recipes.echo_data import (
     STAGES,
     TRAIN_MIX,
-    Ahead,
     Clips,
     chosen_stages,
     load_data,
@@ -68,15 +67,6 @@ def test_clips_of_a_stage(name):
     batch = clips(0)
     assert batch.mic.shape == (16, 9600) and bool(batch.far_active.any()) and bool(batch.voice.any())
     assert torch.equal(batch.mic, again(0).mic)
-
-
-def test_draws_are_made_ahead_and_follow_the_step():
-    made = []
-    ahead = Ahead(lambda key: made.append(key) or key)
-    assert [ahead.take(step) for step in (0, 0, 1, 5, 5, 6)] == [(0, 0), (0, 1), (1, 0), (5, 0), (5, 1), (6, 0)]
-    made.clear()
-    assert [ahead.take(step) for step in (7, 8, 9)] == [(7, 0), (8, 0), (9, 0)]
-    assert made.count((8, 0)) == made.count((9, 0)) == 1 and made.count((7, 0)) <= 1  # none is drawn twice
 
 
 def test_corpus_is_parted_by_people(tmp_path):

@@ -18,6 +18,7 @@ from allears.recipes import RECIPES, echo
 from allears.recipes.echo import EchoObjective, WithLoss, train_echo
 from allears.recipes.echo_data import STAGES, TRAIN_MIX, Clips, Stage, stage_mix
 from allears.train import TrainResult
+from allears.train.ahead import Ahead
 
 SHORT = stage_mix(TRAIN_MIX, Stage("short", 1.0, 64.0, 0.5), 0)
 
@@ -147,8 +148,7 @@ def test_the_loss_falls():
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     losses = []
     for _ in range(9):
-        objective._clips._ahead._last = (-1, 0)  # the same clips each time
-        objective._clips._ahead._waiting = None
+        objective._clips._ahead = Ahead(objective._clips.draw)  # the same clips each time
         loss, terms = objective.loss(model, 0, torch.Generator())
         optimizer.zero_grad()
         loss.backward()

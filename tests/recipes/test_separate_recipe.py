@@ -14,6 +14,7 @@ from allears.recipes import RECIPES
 from allears.recipes.separate import CLEAN_MIX, SeparateObjective, WithAuxiliary
 from allears.recipes.separate_ablation import ARMS, train_arms
 from allears.recipes.separate_data import load_data, to_rate
+from allears.train.ahead import Ahead
 from allears.train.graphs import graphed
 
 SMALL = {"preset": "test", "batch": 1, "seconds": 0.2, "rirs": 0, "device": "cpu", "validation_clips": 2}
@@ -58,12 +59,12 @@ def test_the_loss_falls_and_draws_follow_the_step(small_corpus):
     first, second = (objective.loss(net.train(), 3, generator)[0] for objective in objectives)
     net.eval()
     assert float(first.detach()) == pytest.approx(float(second.detach()), abs=3.0)  # dropout differs, the draws do not
-    again = [objective._specs(7) for objective in objectives]
-    assert again[0] == again[1] and objectives[0]._specs(8) != again[0]
+    again = [objective._ahead.take(7) for objective in objectives]
+    assert again[0] == again[1] and objectives[0]._ahead.take(8) != again[0]
     optimizer = torch.optim.Adam(net.parameters(), 5e-3)
     losses = []
     for _ in range(12):
-        objectives[0]._last, objectives[0]._ahead = (-1, 0), None  # the same batch each time
+        objectives[0]._ahead = Ahead(objectives[0]._draw)  # the same batch each time
         loss, _ = objectives[0].loss(net.train(), 0, generator)
         optimizer.zero_grad()
         loss.backward()

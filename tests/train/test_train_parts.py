@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from allears.core.errors import WeightsError
+from allears.train.ahead import Ahead
 from allears.train.checkpoint import Checkpoint, checkpoint_paths, load_checkpoint, save_checkpoint
 from allears.train.curves import curve_series, draw_curves
 from allears.train.ema import Ema
@@ -165,3 +166,12 @@ def test_curves_without_matplotlib_warn_and_go_on(tmp_path, monkeypatch, caplog)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert draw_curves(tmp_path) is None
     assert "pip install 'allears[train]'" in caplog.text
+
+
+def test_draws_are_made_ahead_and_follow_the_step():
+    made = []
+    ahead = Ahead(lambda key: made.append(key) or key)
+    assert [ahead.take(step) for step in (0, 0, 1, 5, 5, 6)] == [(0, 0), (0, 1), (1, 0), (5, 0), (5, 1), (6, 0)]
+    made.clear()
+    assert [ahead.take(step) for step in (7, 8, 9)] == [(7, 0), (8, 0), (9, 0)]
+    assert made.count((8, 0)) == made.count((9, 0)) == 1 and made.count((7, 0)) <= 1  # none is drawn twice

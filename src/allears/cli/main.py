@@ -29,7 +29,7 @@ VERBS = {
     "train": "train a model from a recipe",
     "data": "prepare the corpora and inspect their manifests",
     "serve": "cancel echo live: a server for many streams, and a web page to try it",
-    "bench": "measure attention on this machine, beside the other packages installed",
+    "bench": "measure kernels and networks on this machine, beside the other packages installed",
     "doctor": "show what this machine has, and which kernels and models can run on it",
 }
 """Every verb with its summary. A static table, so that ``allears --help`` imports none of them."""

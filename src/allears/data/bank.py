@@ -14,6 +14,9 @@ from allears.data.corpus import KINDS, Item, item_from_dict, read_jsonl, read_ma
 from allears.data.decode import SAMPLE_RATE_HZ
 
 SOUND_KINDS = tuple(kind for kind in KINDS if kind not in ("rir", "hrtf"))
+NOISE_KINDS = ("noise", "event", "music", "babble")
+"""What disturbs a talker."""
+
 INDEX = "index.jsonl"
 
 
@@ -194,3 +197,10 @@ def _read_all(jobs: list[tuple[Path, slice]], audio: np.ndarray, workers: int | 
     with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
         for _ in pool.map(read, jobs):
             pass
+
+
+def load_bank(folders: list[str], kinds: tuple[str, ...], splits: tuple[str, ...]) -> AudioBank:
+    """Items of prepared corpora or packs (see ``allears data``), in memory."""
+    if all((Path(folder) / "manifest.jsonl").is_file() for folder in folders) and len(folders) == 1:
+        return AudioBank.from_corpus(folders[0], kinds=kinds, splits=splits)
+    return AudioBank.from_pack(folders, kinds=kinds, splits=splits)

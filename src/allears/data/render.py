@@ -19,7 +19,7 @@ from allears.data.bank import AudioBank
 from allears.data.draws import RATE
 from allears.data.mix import MixSpec, read_specs
 from allears.data.reverb import RirBank, room_responses
-from allears.data.waves import active_rms, at_snr, band_filter, lay_segments, level_gain, made_noise
+from allears.data.waves import active_rms, at_snr, band_filter, flat_audio, lay_segments, level_gain, made_noise
 
 __all__ = ["Renderer", "active_rms", "render_test_set"]
 
@@ -59,9 +59,7 @@ class Renderer:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
-        self._flat_speech = torch.from_numpy(self.speech.audio).to(self.device)
-        shared = self.noise.audio is self.speech.audio
-        self._flat_noise = self._flat_speech if shared else torch.from_numpy(self.noise.audio).to(self.device)
+        self._flat_speech, self._flat_noise = flat_audio(self.speech, self.noise, self.device)
 
     @torch.no_grad()
     def __call__(self, specs: list[MixSpec]) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from allears.data.bank import AudioBank
 from allears.data.draws import RATE
 from allears.data.reverb import RirBank, room_responses
 from allears.data.talkers import Talker, TalkersSpec, read_talkers
-from allears.data.waves import active_rms, at_snr, filtered, lay_segments, level_gain, made_noise, on_device
+from allears.data.waves import active_rms, at_snr, filtered, flat_audio, lay_segments, level_gain, made_noise, on_device
 
 FAINT = 1e-3
 """RMS (-60 dB of full scale) below which a talker counts as silent, and is not raised to the level of the others."""
@@ -40,9 +40,7 @@ class TalkersRenderer:
 
     def __post_init__(self) -> None:
         self._noise_bank = self.speech if self.noise is None else self.noise
-        self._flat_speech = torch.from_numpy(self.speech.audio).to(self.device)
-        shared = self._noise_bank.audio is self.speech.audio
-        self._flat_noise = self._flat_speech if shared else torch.from_numpy(self._noise_bank.audio).to(self.device)
+        self._flat_speech, self._flat_noise = flat_audio(self.speech, self._noise_bank, self.device)
 
     @torch.no_grad()
     def __call__(self, specs: list[TalkersSpec], talkers: int | None = None) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,12 @@ def on_device(device: torch.device, values: Any, kind: Any = np.float32) -> Tens
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def flat_audio(speech: AudioBank, noise: AudioBank, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The samples of both banks on ``device``, once where they share them."""
+    flat = torch.from_numpy(speech.audio).to(device)
+    return flat, flat if noise.audio is speech.audio else torch.from_numpy(noise.audio).to(device)
+
+
 def active_rms(x: Tensor, frame: int = 320, range_db: float = 35.0) -> Tensor:
     """RMS (B, 1) of x (B, T) over its 20 ms frames within ``range_db`` of the loudest; 0 for silence."""
     energy = x[:, : x.shape[1] // frame * frame].unflatten(1, (-1, frame)).square().mean(-1)

@@ -4,26 +4,24 @@ Shapes: V validation clips, S samples, T frames, D delays.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from allears.audio.metrics.si_sdr import si_sdr_db
-from allears.data.bank import AudioBank
+from allears.data.bank import NOISE_KINDS, AudioBank, load_bank
 from allears.data.draws import RATE
 from allears.data.echo import EchoMixConfig, EchoSampler, EchoSpec, Scenario
 from allears.data.echo_render import EchoBatch, EchoRenderer
 from allears.data.echo_rooms import PLACES, room_with_loudspeaker
 from allears.data.reverb import RirBank
-from allears.recipes.enhance_data import NOISE_KINDS, load_bank
 from allears.recipes.separate_data import VALIDATION_VOICES
+from allears.train.ahead import Ahead
 
 TRAIN_MIX = EchoMixConfig(long_delay=0.3)
 """Long delays as often as tests ask for them, which are spread evenly to 900 ms."""
@@ -31,7 +29,6 @@ _ROUND: tuple[Scenario, ...] = ("far", "double", "near", "far", "double", "doubl
 _VALIDATION_ROOMS = 32
 _SETTLED_S = 1.0  # ERLE is taken from here on
 _MOST_DB = 80.0
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -178,30 +175,6 @@ def load_data(
         renderer,
         held_renderer,
     )
-
-
-class Ahead(Generic[T]):
-    """What each step draws; the next step's is drawn in a thread meanwhile.
-
-    Args:
-        draw: from (step, how many times this step has drawn before).
-    """
-
-    def __init__(self, draw: Callable[[tuple[int, int]], T]) -> None:
-        self._draw, self._pool = draw, ThreadPoolExecutor(1)
-        self._waiting: tuple[tuple[int, int], Future[T]] | None = None
-        self._last = (-1, 0)
-
-    def take(self, step: int) -> T:
-        key = (step, self._last[1] + 1 if step == self._last[0] else 0)
-        self._last = key
-        waiting, self._waiting = self._waiting, None
-        found = waiting[1].result() if waiting is not None else None  # also where it is of no use: one draws at a time
-        if waiting is None or waiting[0] != key or found is None:
-            found = self._draw(key)
-        following = (step + 1, 0)
-        self._waiting = following, self._pool.submit(self._draw, following)
-        return found
 
 
 class Clips:

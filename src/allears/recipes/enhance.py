@@ -4,7 +4,6 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -28,6 +27,7 @@ from allears.models.enhance.sample import enhance
 from allears.models.enhance.state import level_of
 from allears.recipes.enhance_data import TRAIN_MIX, EnhanceData, load_data
 from allears.train import TrainConfig, TrainResult, train
+from allears.train.ahead import Ahead
 
 log = logging.getLogger(__name__)
 
@@ -51,28 +51,14 @@ class EnhanceObjective:
         self._renderer = Renderer(data.speech, data.noise, data.rooms, data.device)
         self._sampler = MixSampler(data.speech, data.noise, mix, np.random.default_rng(seed))
         self._rank = int(os.environ.get("RANK", "0"))
-        self._pool = ThreadPoolExecutor(1)
-        self._ahead: tuple[tuple[int, int], Future[list[MixSpec]]] | None = None
-        self._last = (-1, 0)
+        self._ahead = Ahead(self._draw)
 
     def _draw(self, key: tuple[int, int]) -> list[MixSpec]:
         self._sampler.rng = np.random.default_rng([self.seed, self._rank, *key])
         return [self._sampler.sample(f"{key[0]}-{key[1]}-{row}") for row in range(self.batch)]
 
-    def _specs(self, step: int) -> list[MixSpec]:
-        """The specs of this call; the next call's are drawn meanwhile."""
-        key = (step, self._last[1] + 1 if step == self._last[0] else 0)
-        self._last = key
-        ahead, self._ahead = self._ahead, None
-        specs = ahead[1].result() if ahead is not None else []
-        if ahead is None or ahead[0] != key:
-            specs = self._draw(key)
-        guess = (step + 1, 0)
-        self._ahead = (guess, self._pool.submit(self._draw, guess))
-        return specs
-
     def loss(self, model: nn.Module, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
-        noisy, clean = self._renderer(self._specs(step))
+        noisy, clean = self._renderer(self._ahead.take(step))
         total, terms = flow_loss(model, self.config, noisy, clean, generator, self.weights)
         return total, dict(terms)
 

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from allears.data.bank import AudioBank
+from allears.data.bank import NOISE_KINDS, AudioBank, load_bank
 from allears.data.mix import MixConfig, MixSampler
 from allears.data.render import Renderer
 from allears.data.reverb import RirBank
 
-NOISE_KINDS = ("noise", "event", "music", "babble")
 TRAIN_MIX = MixConfig()
 VAL_MIX = replace(
     TRAIN_MIX,
@@ -29,13 +28,6 @@ VAL_MIX = replace(
     codec=0.0,
     reverberant=0.5,
 )
-
-
-def load_bank(folders: list[str], kinds: tuple[str, ...], splits: tuple[str, ...]) -> AudioBank:
-    """Items of prepared corpora or packs (see ``allears data``), in memory."""
-    if all((Path(folder) / "manifest.jsonl").is_file() for folder in folders) and len(folders) == 1:
-        return AudioBank.from_corpus(folders[0], kinds=kinds, splits=splits)
-    return AudioBank.from_pack(folders, kinds=kinds, splits=splits)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class EnhancerBatches(EnhanceObjective):
     """The enhancer's mixtures as clean states u (B, T, F, 2) with the noisy state as condition, and its validation."""
 
     def draw(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        noisy, clean = self._renderer(self._specs(step))
+        noisy, clean = self._renderer(self._ahead.take(step))
         level = level_of(noisy)
         y, x0 = to_state(noisy / level, self.config), to_state(clean / level, self.config)
         return (x0 - prior_mean(y, self.config)) / self.config.sigma, y

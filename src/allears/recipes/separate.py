@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from allears.models.separate.loss import SeparateLoss, separation_loss, si_snr_i
 from allears.models.separate.model import SeparateNet, export_state
 from allears.recipes.separate_data import SeparateData, load_data, to_rate
 from allears.train import TrainConfig, TrainResult, train
+from allears.train.ahead import Ahead
 from allears.train.graphs import graphed
 
 log = logging.getLogger(__name__)
@@ -83,9 +83,7 @@ class SeparateObjective:
         self._sampler = TalkersSampler(data.speech, data.noise, mix, np.random.default_rng(seed))
         self._mix, self._ramp_steps = mix, ramp_steps
         self._rank = int(os.environ.get("RANK", "0"))
-        self._pool = ThreadPoolExecutor(1)
-        self._ahead: tuple[tuple[int, int], Future[list[TalkersSpec]]] | None = None
-        self._last = (-1, 0)
+        self._ahead = Ahead(self._draw)
 
     def _draw(self, key: tuple[int, int]) -> list[TalkersSpec]:
         share = min(1.0, key[0] / self._ramp_steps) if self._ramp_steps else 1.0
@@ -95,20 +93,8 @@ class SeparateObjective:
         self._sampler.rng = np.random.default_rng([self.seed, self._rank, *key])
         return [self._sampler.sample(f"{key[0]}-{key[1]}-{row}") for row in range(self.batch)]
 
-    def _specs(self, step: int) -> list[TalkersSpec]:
-        """The specs of this call; the next call's are drawn meanwhile."""
-        key = (step, self._last[1] + 1 if step == self._last[0] else 0)
-        self._last = key
-        ahead, self._ahead = self._ahead, None
-        specs = ahead[1].result() if ahead is not None else []
-        if ahead is None or ahead[0] != key:
-            specs = self._draw(key)
-        guess = (step + 1, 0)
-        self._ahead = (guess, self._pool.submit(self._draw, guess))
-        return specs
-
     def loss(self, model: nn.Module, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
-        mixture, sources = self._renderer(self._specs(step), self.config.talkers)
+        mixture, sources = self._renderer(self._ahead.take(step), self.config.talkers)
         mixture, sources = (to_rate(x, self.config.sample_rate_hz) for x in (mixture, sources))
         if self._graphs:
             graphed(model, mixture)

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allears.data.bank import AudioBank
+from allears.data.bank import NOISE_KINDS, AudioBank, load_bank
 from allears.data.reverb import RirBank
 from allears.data.talkers import TalkersConfig, TalkersSampler
 from allears.data.talkers_render import TalkersRenderer
-from allears.recipes.enhance_data import NOISE_KINDS, load_bank
 
 RATES_HZ = (8_000, 16_000)
 VALIDATION_VOICES = ("qabcs-pl", "ktuberling-uk", "kajongg-male2", "amazon-queen-05", "amazon-queen-10")

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from allears.models.video.loss import FlowLoss, Velocity, flow_loss
 from allears.models.video.model import VideoNet
 from allears.models.video.sample import draw_noise, generate
 from allears.train import TrainConfig, TrainResult, train
+from allears.train.ahead import Ahead
 from allears.train.graphs import graphed
 
 
@@ -61,19 +61,11 @@ class WorldData:
     ) -> None:
         self.config, self.batch, self.seed, self.device, self.frames = config, batch, seed, device, frames
         self._rank = int(os.environ.get("RANK", "0"))
-        self._pool = ThreadPoolExecutor(1)
-        self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
-        self._last = (-1, 0)
+        self._ahead = Ahead(self._draw)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Videos and captions, see :func:`world_videos`; a second call for the same step gives others."""
-        key = (step, self._last[1] + 1 if step == self._last[0] else 0)
-        self._last = key
-        ahead, self._ahead = self._ahead, None
-        drawn = ahead[1].result() if ahead is not None and ahead[0] == key else self._draw(key)
-        guess = (step + 1, 0)
-        self._ahead = (guess, self._pool.submit(self._draw, guess))
-        return world_videos(drawn, self.config, self.device)
+        return world_videos(self._ahead.take(step), self.config, self.device)
 
     def _draw(self, key: tuple[int, int]) -> Batch:
         return draw_batch(self.config, self.batch, [self.seed, self._rank, *key], self.frames)
