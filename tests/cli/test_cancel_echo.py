@@ -298,15 +298,6 @@ def test_options_reach_the_canceller(tmp_path, monkeypatch):
     assert seen == {"names": ("runs/mine",), "device": "cpu", "runtime": "onnx"}
 
 
-def test_without_weights_that_are_shipped_one_line_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("allears.models.echo.pipeline.SHIPPED", tmp_path)
-    sound(tmp_path / "m.wav")
-    sound(tmp_path / "r.wav")
-    assert run(tmp_path / "m.wav", tmp_path / "r.wav", "-o", tmp_path / "o.wav") == 2
-    error = capsys.readouterr().err
-    assert "'echo-16k', the shipped echo canceller, is not trained yet" in error and error.count("\n") == 1
-
-
 def test_the_verb_starts_without_torch_until_it_needs_the_model(tmp_path):
     code = (
         "import sys; from allears.cli.main import main;"

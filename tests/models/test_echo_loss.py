@@ -17,6 +17,7 @@ from allears.models.echo.loss import (
     quiet_level_db,
     spectral_loss,
     voice_loss,
+    waveform_level_db,
 )
 from allears.models.echo.model import EchoOutput
 
@@ -113,6 +114,30 @@ def test_progressive_targets_leave_some_echo():
     first, last = progressive_targets(near, reverberant, echo, rest, echo_left_db=-20.0)
     torch.testing.assert_close(first, reverberant + rest + 0.1 * echo)
     assert last is near
+
+
+def test_the_last_target_keeps_a_share_of_the_reverberation():
+    near, reverberant, echo, rest = (noise(seed) for seed in range(4))
+    first, last = progressive_targets(near, reverberant, echo, rest, reverberation=0.25)
+    torch.testing.assert_close(last, 0.75 * near + 0.25 * reverberant)
+    torch.testing.assert_close(first, progressive_targets(near, reverberant, echo, rest)[0])
+    torch.testing.assert_close(progressive_targets(near, reverberant, echo, rest, reverberation=1.0)[1], reverberant)
+
+
+def test_waveform_error_is_in_decibels_of_the_target():
+    x = noise()
+    assert float(waveform_level_db(0.9 * x, x, x, ceiling_db=90.0)) == pytest.approx(-20.0, abs=1e-3)
+    assert float(waveform_level_db(x, x, x)) == pytest.approx(-30.0, abs=1e-3)
+    assert float(waveform_level_db(1.1 * x, x, x, ceiling_db=20.0)) == pytest.approx(-16.99, abs=1e-2)
+
+
+def test_clips_without_a_target_have_no_waveform_error():
+    x = noise()
+    silent = x * torch.tensor([[1.0], [0.0]])
+    estimate = 0.9 * x
+    wanted = waveform_level_db(estimate[:1], x[:1], x[:1])
+    torch.testing.assert_close(waveform_level_db(estimate, silent, x), wanted)
+    assert float(waveform_level_db(estimate, 0 * x, x)) == 0.0
 
 
 def output(near, stages, frames=51):

@@ -60,31 +60,61 @@ def test_chunks_of_any_two_sizes_give_what_the_whole_gives(rate, length, mic_siz
         parts.append(session.push(mic[m : m + more], reference[r : r + played]))
         m, r = min(length, m + more), min(length, r + played)
     parts += [session.push(mic[m:], reference[r:]), session.flush()]
-    near = np.concatenate(parts)
+    near, at_once = np.concatenate(parts), CANCELLER.stream(rate)
     assert near.shape == mic.shape and near.dtype == np.float32
-    close(near, CANCELLER(mic, reference, rate))
+    close(near, np.concatenate([at_once.push(mic, reference), at_once.flush()]))
+    if rate == RATE:
+        close(near, CANCELLER(mic, reference, rate))
 
 
-@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000])
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
 def test_nothing_shifts_at_any_rate(rate):
+    """What an untrained network, which returns the microphone, makes of a chirp: a file and a live stream."""
     same = EchoCanceller(EchoNet(SMALL), "cpu")
-    x = (0.3 * np.sin(2 * np.pi * 440 * np.arange(int(0.3 * rate) + 1) / rate)).astype(np.float32)
+    time_s = np.arange(int(0.3 * rate) + 1) / rate
+    x = (0.3 * np.sin(2 * np.pi * (300 + 0.6 * min(rate, RATE) * time_s) * time_s)).astype(np.float32)
     inner = slice(rate // 20, -rate // 20)
     np.testing.assert_allclose(same(x, 0 * x, rate)[inner], x[inner], atol=2e-3)
+    session = same.stream(rate)
+    np.testing.assert_allclose(np.concatenate([session.push(x, None), session.flush()])[inner], x[inner], atol=2e-3)
 
 
-@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000])
-def test_latency_is_kept(rate):
-    session, longest = CANCELLER.stream(rate), 0.0
-    chunk = noise(rate // 100)
+@pytest.mark.parametrize(
+    ("rate", "conversion_ms"),
+    [(8_000, 2.75), (16_000, 0.0), (24_000, 1.333), (32_000, 1.344), (44_100, 1.338), (48_000, 1.333), (96_000, 1.333)],
+)
+def test_latency_is_what_is_told(rate, conversion_ms):
+    """With chunks of whole hops (of 2 ms here; windows of 4): what has not come back after a chunk, and an impulse."""
+    assert resampling_ms(rate, RATE) == pytest.approx(conversion_ms, abs=1e-3)
+    session = EchoCanceller(EchoNet(SMALL), "cpu").stream(rate)
+    assert session.latency_ms == SMALL.latency_ms + resampling_ms(rate, RATE)
+    assert CANCELLER.latency_ms == SMALL.latency_ms
+    size = rate // 100
+    x = np.zeros(40 * size, np.float32)
+    at = 20 * size + 3
+    x[at] = 1.0
     sent = got = 0
-    for _ in range(60):
-        sent += len(chunk)
-        got += len(session.push(chunk, chunk))
-        longest = max(longest, 1000 * (sent - got) / rate)
-    assert longest <= session.latency_ms + 1e-6  # what a chunk waits for is in the hop already
-    assert longest > session.latency_ms - SMALL.latency_ms - 3
-    assert resampling_ms(16_000, 16_000) == 0 and CANCELLER.latency_ms == SMALL.latency_ms
+    behind, y = set(), []
+    for chunk in np.split(x, 40):
+        y.append(session.push(chunk, None))
+        sent, got = sent + size, got + len(y[-1])
+        behind.add(sent - got)
+    late = (SMALL.latency_ms - 1000 * SMALL.hop_s) * rate / 1000 + round(conversion_ms * rate / 1000)
+    assert max(behind) == pytest.approx(late, abs=1)  # the oldest sample of a hop waits for the whole of it, too
+    assert np.abs(np.concatenate(y)).argmax() == at
+
+
+@pytest.mark.parametrize("rate", [44_100, 48_000])
+def test_live_and_file_differ_by_the_edge_of_the_band_alone(rate):
+    """Noise up to 6 kHz through a network that returns the microphone."""
+    same = EchoCanceller(EchoNet(SMALL), "cpu")
+    spectrum = np.fft.rfft(noise(rate // 2))
+    spectrum[np.fft.rfftfreq(rate // 2, 1 / rate) > 6_000] = 0
+    x = np.fft.irfft(spectrum, rate // 2).astype(np.float32)
+    session, inner = same.stream(rate), slice(rate // 20, -rate // 20)
+    live = np.concatenate([session.push(x, None), session.flush()])[inner]
+    error = np.abs(live - same(x, 0 * x, rate)[inner]).max()
+    assert error < 3e-3 * np.abs(x).max()
 
 
 def test_a_reference_that_is_not_there_is_silence():
@@ -257,9 +287,3 @@ def test_weights_are_found_and_checked(tmp_path):
         EchoCanceller.from_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="neither shipped weights"):
         EchoCanceller.from_pretrained("no-such-model")
-
-
-def test_without_shipped_weights_the_default_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("allears.models.echo.pipeline.SHIPPED", tmp_path)
-    with pytest.raises(WeightsError, match="'echo-16k', the shipped echo canceller, is not trained yet; name a folder"):
-        EchoCanceller.from_pretrained()

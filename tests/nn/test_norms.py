@@ -45,6 +45,22 @@ def test_rms_group_norm_by_formula():
         RMSGroupNorm(12, 5)
 
 
+@pytest.mark.parametrize(("channels", "groups"), [(12, 3), (64, 4), (5, 5), (6, 1)])
+def test_rms_group_norm_by_products_is_torchs(channels, groups):
+    """What runs without gradients on a CPU; with them, and in double precision, it is ``F.rms_norm``."""
+    norm = drawn(RMSGroupNorm(channels, groups))
+    x = torch.randn(2, 7, channels) * 10.0 ** torch.arange(-6, 1).float()[:, None]
+    kept = x.clone()
+    with torch.no_grad():
+        y, silent = norm(x), norm(torch.zeros(3, channels))
+        rounded = norm(x.bfloat16())
+        wanted = norm.double()(x.double())
+    torch.testing.assert_close(y, wanted.float())
+    assert torch.equal(x, kept) and not silent.any()
+    torch.testing.assert_close(rounded.double(), wanted, rtol=0.03, atol=0.03)
+    torch.testing.assert_close(norm.float()(x), y)
+
+
 def test_layer_norm_is_torchs():
     norm, plain = drawn(LayerNorm(8)), drawn(torch.nn.LayerNorm(8))
     x = torch.randn(2, 7, 8)

@@ -15,7 +15,7 @@ from allears.models.echo.config import PRESETS
 from allears.models.echo.loss import LossWeights
 from allears.models.echo.model import EchoNet
 from allears.recipes import RECIPES, echo
-from allears.recipes.echo import EchoObjective, WithLoss, train_echo
+from allears.recipes.echo import DEFAULT_LOSS, EchoObjective, WithLoss, train_echo
 from allears.recipes.echo_data import STAGES, TRAIN_MIX, Clips, Stage, stage_mix
 from allears.train import TrainResult
 from allears.train.ahead import Ahead
@@ -79,7 +79,7 @@ def test_weights_pass_from_stage_to_stage(tmp_path, without_training):
     assert [config.minutes for config in configs] == pytest.approx([2.0, 1.5, 2.0, 3.0, 1.5])
     assert [config.lr for config in configs] == pytest.approx([2e-3, 2e-3, 2e-3, 1.4e-3, 0.8e-3])
     models = [model for model, _, _, _ in without_training]
-    assert [model.weights.quiet / 0.0003 for model in models] == pytest.approx([0.0, 0.0, 0.3, 1.0, 1.0])
+    assert [model.weights.quiet / DEFAULT_LOSS.quiet for model in models] == pytest.approx([0.0, 0.0, 0.3, 1.0, 1.0])
     assert [model.net.config.linear_input for model in models] == [True] + [False] * 4
     assert [model.net.voice is not None for model in models] == [False] * 4 + [True]
     assert models[0].linear is half and all(model.linear is None for model in models[1:])
@@ -108,7 +108,7 @@ def test_stages_and_sizes_can_be_chosen(tmp_path, without_training):
     assert all(torch.equal(first[name], value) for name, value in exported.items())
     train_echo([], str(tmp_path / "c"), stages=["short"], loss={"alignment": 0.0, "stages": [0.0, 1.0]}, **settings)
     weights = without_training[-1][0].weights
-    assert (weights.alignment, weights.stages, weights.voice) == (0.0, (0.0, 1.0), 0.3)
+    assert (weights.alignment, weights.stages, weights.voice) == (0.0, (0.0, 1.0), DEFAULT_LOSS.voice)
 
 
 class Broken(Exception):

@@ -78,5 +78,21 @@ class RMSGroupNorm(nn.Module):
         self.groups, self.eps = groups, eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if _plain_on_cpu(x) and self.weight.dtype == x.dtype:
+            return self._by_products(x)
         parts = x.unflatten(-1, (self.groups, -1))
         return F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+
+    def _by_products(self, x: Tensor) -> Tensor:
+        """The same in half the time on a CPU, where products with a narrow matrix are faster than the short loops of
+        sums and of broadcasts over a group; and every version of ONNX has its operators."""
+        channels = self.weight.shape[0] // self.groups
+        spread = torch.eye(self.groups, device=x.device).repeat_interleave(channels, dim=1)  # (G, C)
+        inverse = (x.square() @ spread.T).div_(channels).add_(self.eps).rsqrt_()
+        return (inverse @ (spread * self.weight)).mul_(x)
+
+
+def _plain_on_cpu(x: Tensor) -> bool:
+    """float32 on a CPU, without gradients and autocast."""
+    eager = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    return eager and x.device.type == "cpu" and x.dtype == torch.float32

@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 
 LinearFilter = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Microphone and reference (B, S) to what is left of the microphone and the echo that was found, (B, S) both."""
-DEFAULT_LOSS = LossWeights(voice=0.3)
+DEFAULT_LOSS = LossWeights(complex=0.5, over=1.0, quiet=0.0001, waveform=0.003, reverberation=1.0, voice=0.1)
+"""That the near end keeps its room is no part of the published recipe: whoever talks should be as he was."""
 _AT_ONCE = 16
 
 
@@ -65,7 +66,8 @@ class WithLoss(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         batch = EchoBatch(*tensors)
         output = self.net(batch.mic, batch.reference, self.left(batch.mic, batch.reference))
-        targets = progressive_targets(batch.near, batch.near_reverberant, batch.echo, batch.noise)
+        parts = batch.near, batch.near_reverberant, batch.echo, batch.noise
+        targets = progressive_targets(*parts, reverberation=self.weights.reverberation)
         with in_float32(batch.mic.device):
             labels = batch.delay_frames, batch.far_active, batch.voice
             total, terms = echo_loss(output, batch.mic, targets, *labels, self.weights)
@@ -113,7 +115,7 @@ class EchoObjective:
             None if found[0] is None else torch.cat(found).float()
             for found in ([part.alignment for part in parts], [part.voice for part in parts])
         )
-        return scores(near, alignment, voice, self._validation)
+        return scores(near, alignment, voice, self._validation, model.weights.reverberation)
 
 
 def kalman() -> LinearFilter:
@@ -194,6 +196,7 @@ def train_echo(
     if linear is None and plan[0].linear:
         linear = kalman()
     net = EchoNet(sizes)
+    before_all = read_sidecar(start).get("training") if start is not None else None
     history: list[dict[str, Any]] = []
     result, done = None, 0.0
     begun = max((n for n, stage in enumerate(plan) if checkpoint_paths(Path(out) / stage.name)), default=0)
@@ -243,7 +246,7 @@ def train_echo(
     training = {
         "recipe": "echo",
         "preset": preset,
-        "started_from": start,
+        "started_from": before_all,
         "stages": history,
         "batch": batch,
         "rooms": data.room_count,

@@ -23,7 +23,7 @@ from allears.data.reverb import RirBank
 from allears.recipes.separate_data import VALIDATION_VOICES
 from allears.train.ahead import Ahead
 
-TRAIN_MIX = EchoMixConfig(long_delay=0.3)
+TRAIN_MIX = EchoMixConfig(long_delay=0.3, far_only=0.2, near_only=0.2)
 """Long delays as often as tests ask for them, which are spread evenly to 900 ms."""
 _ROUND: tuple[Scenario, ...] = ("far", "double", "near", "far", "double", "double")
 _VALIDATION_ROOMS = 32
@@ -213,13 +213,20 @@ def validation_set(data: EchoData, mix: EchoMixConfig, count: int) -> Validation
     return Validation(clips, tuple(spec.scenario for spec in specs))
 
 
-def scores(near: Tensor, alignment: Tensor | None, voice: Tensor | None, validation: Validation) -> dict[str, float]:
+def scores(
+    near: Tensor,
+    alignment: Tensor | None,
+    voice: Tensor | None,
+    validation: Validation,
+    reverberation: float = 0.0,
+) -> dict[str, float]:
     """How good the outputs of the validation clips are.
 
     Args:
         near: (V, S), the outputs.
         alignment: (V, T, D), softmax over the delays.
         voice: (V, T), logits.
+        reverberation: share of the late reverberation in the target.
 
     Returns:
         ``erle_db`` of the far end alone, after a second; ``si_sdr_gain_db`` of double talk; ``near_sdr_db`` and
@@ -229,7 +236,8 @@ def scores(near: Tensor, alignment: Tensor | None, voice: Tensor | None, validat
     """
     clips, found = validation.clips, {}
     rows = {kind: [n for n, scenario in enumerate(validation.scenarios) if scenario == kind] for kind in _ROUND}
-    near, mic, target = near.double(), clips.mic.double(), clips.near.double()
+    near, mic = near.double(), clips.mic.double()
+    target = torch.lerp(clips.near.double(), clips.near_reverberant.double(), reverberation)
     if far := rows["far"]:
         first = min(int(_SETTLED_S * RATE), near.shape[1] // 2)
         found["erle_db"] = _decibels(mic[far, first:], near[far, first:])

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from allears.audio.stft_matrix import analysis_matrix, synthesis_matrix
 from allears.core.errors import require
 from allears.models.echo.model import EchoNet, EchoState, Heard
 from allears.models.echo.runtime import ALIGNMENT, INITIAL, MIC, NEAR, NEXT, REFERENCE, VOICE, OnnxNet, OnnxStep
@@ -68,14 +69,10 @@ class _RealStep(nn.Module):
 
     def __init__(self, net: EchoNet) -> None:
         super().__init__()
-        self.net, size = net, net.config.n_fft
+        self.net = net
         self._like = net.initial_state(1)
-        spectrum = torch.fft.rfft(torch.eye(size, dtype=torch.float64))
-        signal = torch.fft.irfft(torch.eye(net.config.bins, dtype=torch.complex128), n=size)
-        turned = torch.fft.irfft(1j * torch.eye(net.config.bins, dtype=torch.complex128), n=size)
-        window = net.stft.window_on(torch.device("cpu")).double()
-        self.register_buffer("analysis", (window[:, None] * torch.cat([spectrum.real, spectrum.imag], 1)).float())
-        self.register_buffer("synthesis", (torch.cat([signal, turned]) * window).float())
+        self.register_buffer("analysis", analysis_matrix(net.stft))
+        self.register_buffer("synthesis", synthesis_matrix(net.stft))
 
     def forward(self, mic: Tensor, reference: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         state = fill_state(self._like, dict(zip(name_state(self._like), tensors, strict=True)))

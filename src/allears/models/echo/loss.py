@@ -31,6 +31,9 @@ class LossWeights:
         over: of what is taken away too much, in the spectral loss.
         quiet: of the output's level where the target is silent, in dB of the microphone's. Ten times as much, and the
             network learns to be silent everywhere first.
+        waveform: of the error of the waveform, in dB of the target, in clips whose target is not silent.
+        reverberation: share of the late reverberation that the last target keeps; 0 asks for the first 50 ms alone, as
+            published, 1 leaves the near end's room as it is.
         alignment, voice: of these losses.
         power: magnitudes are compressed to |X|^power.
     """
@@ -39,16 +42,25 @@ class LossWeights:
     complex: float = 0.3
     over: float = 0.5
     quiet: float = 0.0003
+    waveform: float = 0.0
+    reverberation: float = 0.0
     alignment: float = 0.1
     voice: float = 0.1
     power: float = 0.3
 
 
 def progressive_targets(
-    near: Tensor, near_reverberant: Tensor, echo: Tensor, noise: Tensor, echo_left_db: float = -15.0
+    near: Tensor,
+    near_reverberant: Tensor,
+    echo: Tensor,
+    noise: Tensor,
+    echo_left_db: float = -15.0,
+    reverberation: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """What each stage should give: first the recording with its echo so many dB quieter, then the near end."""
-    return near_reverberant + noise + 10.0 ** (echo_left_db / 20.0) * echo, near
+    """What each stage should give: first the recording with its echo so many dB quieter, then the near end, with this
+    share of its late reverberation."""
+    first = near_reverberant + noise + 10.0 ** (echo_left_db / 20.0) * echo
+    return first, torch.lerp(near, near_reverberant, reverberation) if reverberation else near
 
 
 def spectral_loss(
@@ -99,6 +111,20 @@ def quiet_level_db(estimate: Tensor, target: Tensor, mic: Tensor) -> Tensor:
     out, wanted, heard = (x.float().unfold(-1, size, size).square().mean(-1) for x in (estimate, target, mic))
     counts = ((wanted <= _SILENT * heard) & (heard > 1e-10)).float()
     level = 10.0 * torch.log10(out / heard.clamp_min(1e-10) + _LOWEST)
+    return (level * counts).sum() / counts.sum().clamp_min(1.0)
+
+
+def waveform_level_db(estimate: Tensor, target: Tensor, mic: Tensor, ceiling_db: float = 30.0) -> Tensor:
+    """Energy of the error over that of the target in dB, a mean over clips whose target is heard; it ends so many dB
+    below the target. 0 where there are no such clips.
+
+    Args:
+        estimate, target, mic: (B, S).
+    """
+    wanted, error = (x.float().square().sum(-1) for x in (target, estimate.float() - target.float()))
+    counts = (wanted > _SILENT * mic.float().square().sum(-1)).float()
+    floor = 10.0 ** (-ceiling_db / 10.0)
+    level = 10.0 * torch.log10(error / wanted.clamp_min(1e-10) + floor)
     return (level * counts).sum() / counts.sum().clamp_min(1.0)
 
 
@@ -176,6 +202,9 @@ def echo_loss(
     total = sum((share * term for share, term in zip(shares, terms.values(), strict=True)), mic.new_zeros(()))
     terms["quiet_db"] = quiet_level_db(output.near, targets[-1], mic)
     total = total + weights.quiet * terms["quiet_db"]
+    if weights.waveform:
+        terms["waveform_db"] = waveform_level_db(output.near, targets[-1], mic)
+        total = total + weights.waveform * terms["waveform_db"]
     if output.alignment is not None:
         terms["alignment"] = alignment_loss(output.alignment, delay_frames, far_active)
         total = total + weights.alignment * terms["alignment"]

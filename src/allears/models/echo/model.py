@@ -58,7 +58,7 @@ class Heard(NamedTuple):
 
 
 class EchoNet(nn.Module):
-    """Takes the echo of ``reference`` out of ``mic``, and noise and late reverberation with it.
+    """Takes the echo of ``reference`` out of ``mic``, and noise with it.
 
     Features are normalised to the recent peak of each signal (up at once, down by 6 dB a second), which a filter on the
     microphone's own spectrum does not change: the output keeps its level. An untrained network returns the microphone.

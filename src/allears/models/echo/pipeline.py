@@ -18,9 +18,8 @@ from allears.audio.resample import fit_length
 from allears.audio.session import Session, as_batch, as_given
 from allears.audio.writer import AudioWriter
 from allears.core.device import resolve_device
-from allears.core.errors import WeightsError
 from allears.core.progress import OnProgress, Progress
-from allears.core.weights import SHIPPED, check_keys, load_pretrained, weight_paths
+from allears.core.weights import check_keys, load_pretrained
 from allears.models.echo.config import EchoConfig
 from allears.models.echo.files import BLOCK_FRAMES, opened
 from allears.models.echo.model import EchoNet
@@ -34,7 +33,7 @@ Runtime = Literal["pytorch", "onnx"]
 
 
 class EchoCanceller:
-    """Takes what a loudspeaker plays out of what a microphone hears; with it noise and late reverberation.
+    """Takes what a loudspeaker plays out of what a microphone hears, and noise with it.
 
     >>> canceller = EchoCanceller.from_pretrained()
     >>> near = canceller(mic, reference, sample_rate_hz=48_000)
@@ -92,11 +91,6 @@ class EchoCanceller:
         Raises:
             WeightsError: nothing is found there, or it is corrupt or of another model.
         """
-        if str(name_or_folder) == DEFAULT and not any(p.exists() for p in weight_paths(SHIPPED / DEFAULT)):
-            raise WeightsError(
-                f"model: {DEFAULT!r}, the shipped echo canceller, is not trained yet; name a folder with "
-                "weights.safetensors and weights.json of your own"
-            )
         found = load_pretrained(name_or_folder, "echo", EchoConfig)
         config = found.config if voice_gate is None else replace(found.config, voice_gate=voice_gate)
         net = EchoNet(config)

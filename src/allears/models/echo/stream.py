@@ -5,15 +5,13 @@ Shapes: M microphones, R references (1 for all, or one for each microphone), n s
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from allears.audio.resample import StreamResampler
-from allears.audio.session import Session
+from allears.audio.low_delay import LowDelaySession, round_trip_samples
 from allears.models.echo.config import EchoConfig
 from allears.models.echo.model import Heard
 
@@ -122,17 +120,9 @@ class EchoCore:
         return near.cpu().numpy()
 
 
-@lru_cache(maxsize=64)
 def resampling_ms(rate_hz: int, core_rate_hz: int) -> float:
-    """What conversion to the core's rate and back adds to the delay, at worst, measured with chunks of 10 ms."""
-    if rate_hz == core_rate_hz:
-        return 0.0
-    down, up = StreamResampler(1, rate_hz, core_rate_hz), StreamResampler(1, core_rate_hz, rate_hz)
-    chunk, worst = np.zeros((1, -(-rate_hz // 100)), np.float32), 0.0
-    for _ in range(100):
-        up.push(down.push(chunk))
-        worst = max(worst, down.owed / core_rate_hz + up.owed / rate_hz)
-    return 1000.0 * worst
+    """What conversion to the core's rate and back adds to the delay of a live stream."""
+    return 1000.0 * round_trip_samples(rate_hz, core_rate_hz) / rate_hz
 
 
 class EchoSession:
@@ -148,7 +138,8 @@ class EchoSession:
       after that the two run together again.
     - A reference that is more than 10 s ahead is refused.
 
-    A chunk that is refused changes nothing.
+    A chunk that is refused changes nothing. Rates other than the network's are converted with little delay, both
+    signals alike; the output is in time with the microphone at every rate.
 
     Args:
         net: at rest (``eval``).
@@ -177,9 +168,8 @@ class EchoSession:
             raise ValueError(f"patience_s: {patience_s} given; 0 to below {self.MOST_AHEAD_S:g} s is wanted")
         self._channels, self._rate, self._config = channels, sample_rate_hz, net.config
         self._on_facts = on_facts
-        self._session = Session(
-            EchoCore(net, channels, 1, self._listen), channels + 1, channels, sample_rate_hz, net.config.sample_rate_hz
-        )
+        core = EchoCore(net, channels, 1, self._listen)
+        self._session = LowDelaySession(core, channels + 1, channels, sample_rate_hz, net.config.sample_rate_hz)
         self._patience = round(patience_s * sample_rate_hz)
         self._most_ahead = round(self.MOST_AHEAD_S * sample_rate_hz)
         self._mic = np.zeros((channels, 0), np.float32)
@@ -191,8 +181,8 @@ class EchoSession:
 
     @property
     def latency_ms(self) -> float:
-        """From a sample's arrival to its coming out, with chunks of one hop (10 ms), conversion of the rate included;
-        the time that the processor takes is not in it."""
+        """From a sample's arrival to its coming out, with chunks of one hop (10 ms) or of single samples, conversion of
+        the rate included; the time that the processor takes is not in it."""
         return self._config.latency_ms + resampling_ms(self._rate, self._config.sample_rate_hz)
 
     @property

@@ -57,6 +57,9 @@ class LocoformerSize:
         heads: of the attention; divides ``channels`` into an even size.
         groups: of the RMS group norm; divides ``channels``.
         n_fft, hop: the STFT, in samples.
+        bands: pairs (number of bands, bins of each) from 0 Hz up, which take all n_fft / 2 + 1 bins: the layers work on
+            bands in place of bins, and the output is a mask. Empty: bins, and spectra made anew, as published.
+        compression: with bands, magnitudes enter to this power.
     """
 
     channels: int = 128
@@ -67,12 +70,16 @@ class LocoformerSize:
     groups: int = 4
     n_fft: int = 128
     hop: int = 64
+    bands: tuple[tuple[int, int], ...] = ()
+    compression: float = 0.4
 
     def __post_init__(self) -> None:
         if self.channels % self.heads or (self.channels // self.heads) % 2:
             raise ValueError(f"heads: {self.heads} must divide {self.channels} channels into heads of even size")
         if self.channels % self.groups:
             raise ValueError(f"groups: {self.groups} does not divide channels {self.channels}")
+        if self.bands and (taken := sum(count * width for count, width in self.bands)) != self.n_fft // 2 + 1:
+            raise ValueError(f"bands: {self.bands} take {taken} bins; n_fft {self.n_fft} has {self.n_fft // 2 + 1}")
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,7 @@ def _config(size: SepReformerSize | LocoformerSize, attention: Attention) -> Sep
     return SeparateConfig(locoformer=size, attention=attention)
 
 
+_BANDS = ((33, 1), (24, 2), (16, 4), (14, 8))  # of 31.25 Hz: to 1, 2.5, 4.5 and 8 kHz
 _FLA_T = _config(_SIZES["sepreformer-t"], "fla")
 PRESETS: dict[str, SeparateConfig] = {
     **{name: _config(size, "published") for name, size in _SIZES.items()},
@@ -137,7 +145,7 @@ PRESETS: dict[str, SeparateConfig] = {
     "fla-sepreformer-t-no-conv": replace(_FLA_T, conv_taps=0),
     "fla-sepreformer-t-no-gate": replace(_FLA_T, gated=False),
     "talkers-16k": SeparateConfig(
-        locoformer=LocoformerSize(48, 4, hidden=96, kernel=4, heads=3, groups=4, n_fft=512, hop=256),
+        locoformer=LocoformerSize(64, 4, hidden=128, kernel=4, n_fft=512, hop=256, bands=_BANDS),
         sample_rate_hz=16_000,
         talkers=3,
         silent_outputs=True,

@@ -1,7 +1,8 @@
 """The separator as an ONNX file, and whether it gives what PyTorch gives.
 
 PyTorch's exporter of traced graphs is used, which needs the package ``onnx`` alone; the file runs by onnxruntime on any
-number of samples. Shapes: S samples, J talkers.
+number of samples. Complex numbers, which ONNX lacks, do not occur: TF-Locoformer's transforms are products with
+matrices. Shapes: S samples, J talkers.
 """
 
 import os
@@ -11,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from allears.audio.stft_matrix import MatrixStft
 from allears.core.errors import require
+from allears.models.separate.locoformer import Locoformer
 from allears.models.separate.model import SeparateNet, export_state
+from allears.models.separate.sepreformer import Separation
 
 INPUT, OUTPUT = "mixture", "talkers"
 """Names in the file: (1, S) and (1, J, S), float32, at the rate of the network."""
@@ -23,31 +28,32 @@ _OPSET = 17  # the first with layer norm
 
 
 def export_onnx(net: SeparateNet, path: str | Path, seconds: float = 1.0) -> Path:
-    """Write ``net`` as an ONNX file of one input (1, S) and one output (1, J, S), S at least the encoder's kernel.
+    """Write ``net`` as an ONNX file of one input (1, S) and one output (1, J, S); S is at least 1, or of a SepReformer
+    at least the encoder's kernel.
 
     Args:
-        net: an FLA-SepReformer, trained or not; it stays as it is.
+        net: a TF-Locoformer or an FLA-SepReformer, trained or not; it stays as it is.
         path: where to; a file there is replaced when the new one is complete.
         seconds: length of the input that is traced; the file does not depend on it.
 
     Raises:
-        ValueError: a TF-Locoformer, whose complex spectra ONNX lacks, softmax attention, or a length that is too short.
+        ValueError: a SepReformer with softmax attention, or a length that is too short.
         MissingDependencyError: the package ``onnx`` is not installed.
     """
-    if net.config.sepreformer is None:
+    size = net.config.sepreformer
+    if size is not None and net.config.attention != "fla":
         raise ValueError(
-            "net: TF-Locoformer given, whose spectra are complex, which ONNX has no numbers for; use SepReformer"
-        )
-    if net.config.attention != "fla":
-        raise ValueError(
-            f"net: attention {net.config.attention!r} given, whose graph depends on the length; only 'fla' is exported"
+            f"net: attention {net.config.attention!r} given, of a SepReformer, whose graph then depends on the length; "
+            f"only 'fla' is exported"
         )
     samples = round(seconds * net.config.sample_rate_hz)
-    if samples < net.config.sepreformer.kernel:
-        raise ValueError(f"seconds: {seconds} given, less than the kernel; at least 0.01 is wanted")
+    if samples < (size.kernel if size is not None else 1):
+        raise ValueError(f"seconds: {seconds} given, less than a frame; at least 0.01 is wanted")
     require("onnx", "onnx", "writing an ONNX file")
     plain = SeparateNet(net.config)
     plain.load_state_dict({name: value.detach().cpu() for name, value in export_state(net).items()})
+    if isinstance(plain.core, Locoformer):
+        plain.add_module("core", _RealLocoformer(plain.core))
     mixture = 0.1 * torch.randn(1, samples, generator=torch.Generator().manual_seed(0))
     path = Path(path)
     partial = path.with_name(path.name + ".tmp")
@@ -65,6 +71,19 @@ def export_onnx(net: SeparateNet, path: str | Path, seconds: float = 1.0) -> Pat
         )
     os.replace(partial, path)
     return path
+
+
+class _RealLocoformer(nn.Module):
+    """A TF-Locoformer in real numbers; of what it makes the samples alone are given."""
+
+    def __init__(self, net: Locoformer) -> None:
+        super().__init__()
+        self.net, self.stft = net, MatrixStft(net.stft)
+
+    def forward(self, mixture: Tensor) -> Separation:
+        y, _ = self.net.spectra(self.stft(mixture))
+        out = self.stft.inverse(y.flatten(0, 1), mixture.shape[1])
+        return Separation(out.reshape(-1, self.net.talkers, out.shape[1]), [], out, out)
 
 
 class _Reshaped(TorchFunctionMode):
