@@ -15,6 +15,7 @@ CORPUS ?= corpus
 JOBS ?= 2
 TEST_SET ?= benchmarks/sets/enhance-test.jsonl
 SCORED := announcement-in-a-crowd.flac
+NEAR := talker-under-a-loudspeaker.flac
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
@@ -27,7 +28,7 @@ STAMPS := $(VENV)/.stamps
 .PHONY: help demo test lint base-install bench clean distclean
 
 help:
-	@echo "make demo   clean the recordings of demo/noisy into out/, with a report and scores"
+	@echo "make demo   clean the recordings of demo/noisy into out/, cancel the echo of demo/echo; with reports and scores"
 	@echo "make test   lint, base install, all tests"
 	@echo "make lint   ruff, import-linter, pyrefly"
 	@echo "make bench  run the benchmarks and write benchmarks/results/"
@@ -58,7 +59,11 @@ demo: $(STAMPS)/demo
 	$(BIN)/allears eval files demo/noisy/$(SCORED) -r demo/clean/$(SCORED)
 	@echo "after:"
 	$(BIN)/allears eval files out/$(SCORED) -r demo/clean/$(SCORED)
-	@echo "listen: out/, and open out/report.html in a browser"
+	@echo "echo: what the loudspeaker plays is taken out of what the microphone hears; before and after:"
+	$(BIN)/allears cancel-echo demo/echo/microphone.flac demo/echo/loudspeaker.flac -o out/echo/near.flac --report --overwrite
+	$(BIN)/allears eval files demo/echo/microphone.flac -r demo/clean/$(NEAR) --metrics pesq_wb si_sdr_db estoi
+	$(BIN)/allears eval files out/echo/near.flac -r demo/clean/$(NEAR) --metrics pesq_wb si_sdr_db estoi
+	@echo "listen: out/, and open out/report.html and out/echo/report.html in a browser"
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
