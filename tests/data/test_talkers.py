@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allears.core.errors import CorpusError
+from allears.data.formants import formant_ratios
 from allears.data.segments import lean_dict
 from allears.data.talker_sets import overlap_of
 from allears.data.talkers import TalkersConfig, TalkersSampler, TalkersSpec, read_talkers, write_talkers
@@ -185,3 +186,74 @@ def test_one_band_a_clip_where_asked():
     assert kinds == {(False,), (True,)}
     sampler, _ = cast_sampler(narrow=("s1", "s4"))
     assert any(len({name in ("s1", "s4") for name in names}) == 2 for names, _, _ in casts(sampler))
+
+
+OLD = (
+    '{"id": "a", "frames": 16000, "talkers": [{"segments": [{"item": "i10", "start": 0, "at": 0, "length": 10371, '
+    '"speed": 1.157}, {"item": "i6", "start": 0, "at": 13625, "length": 2375, "speed": 1.157}]}, {"segments": [{"item":'
+    ' "i0", "start": 0, "at": 3422, "length": 9977, "speed": 0.902}], "gain_db": 3.17}], "level_db": -16.42}'
+)
+"""A clip as it was drawn, and written, before voices could have other formants."""
+
+
+def test_old_seeds_draw_old_clips_and_formants_come_last():
+    config = TalkersConfig(
+        seconds=1.0, talkers=((2, 1.0),), noisy=0.0, partial=0.0, conversation=0.0, rirs=3, alike=0.5
+    )
+    old = sampler_of(config, 11).sample("a")
+    assert json.dumps(lean_dict(old)) == OLD
+    for seed in range(20):
+        settings = replace(config, talkers=THREE, noisy=0.5, conversation=0.3)
+        plain = sampler_of(settings, seed).sample("a")
+        moved = sampler_of(replace(settings, formant=1.0), seed).sample("a")
+        assert all(0.84 <= talker.formants <= 1.19 for talker in moved.talkers)
+        assert replace(moved, talkers=tuple(replace(talker, formants=1.0) for talker in moved.talkers)) == plain
+
+
+def test_formants_in_as_many_voices_as_asked_evenly_in_logarithms(tmp_path):
+    sampler = sampler_of(TalkersConfig(seconds=1.0, talkers=THREE, formant=0.4))
+    specs = [sampler.sample(str(n)) for n in range(500)]
+    ratios = np.array([talker.formants for spec in specs for talker in spec.talkers])
+    moved = ratios[ratios != 1]
+    assert abs(len(moved) / len(ratios) - 0.4) < 0.05
+    quarters = np.histogram(np.log(moved), 4, np.log((0.8395, 1.1905)))[0] / len(moved)
+    assert quarters.sum() == pytest.approx(1) and np.abs(quarters - 0.25).max() < 0.07
+    write_talkers(tmp_path / "set.jsonl", specs)
+    assert read_talkers(tmp_path / "set.jsonl") == specs
+    lines = (tmp_path / "set.jsonl").read_text().splitlines()
+    assert sum(line.count('"formants"') for line in lines) == len(moved)
+    for span in ((1.1, 0.9), (0.0, 1.0), (-1.0, 1.0)):
+        with pytest.raises(ValueError, match="formant_ratio"):
+            TalkersConfig(formant_ratio=span)
+
+
+def test_who_is_heard_twice_has_formants_far_apart():
+    sampler, _ = cast_sampler(alike=1.0, formant=0.7, formant_ratio=(0.8, 1.25))
+    speakers = {item.id: item.speaker for item in sampler.speech.items}
+    twice = []
+    for n in range(300):
+        a, b = sampler.sample(str(n)).talkers
+        if speakers[a.segments[0].item] == speakers[b.segments[0].item]:
+            twice.append((a.formants, b.formants))
+    moved = np.log([pair for pair in twice if pair != (1.0, 1.0)])
+    assert 10 < len(moved) < len(twice)
+    np.testing.assert_allclose(np.abs(moved[:, 0] - moved[:, 1]), 0.5 * np.log(1.25 / 0.8), atol=2e-3)
+    three = formant_ratios(["x", "y", "x", "x"], 1.0, (1.0, 8.0), np.random.default_rng(0))
+    places = np.sort(np.log2([three[0], *three[2:]]))
+    np.testing.assert_allclose(np.diff(places), 1.0, atol=2e-3)
+    assert formant_ratios(["x", "y"], 0.0, (0.8, 1.2), np.random.default_rng(0)) == [1.0, 1.0]
+
+
+def test_voices_of_one_pitch_get_the_speeds_for_it(monkeypatch):
+    pitch = {"s0": 100.0, "s1": 120.0, "s2": 300.0, "s3": 330.0}
+    monkeypatch.setattr("allears.data.talkers.pitches_hz", lambda speech, items: np.array(list(pitch.values())))
+    config = replace(DEFAULT, talkers=((2, 1.0),), one_pitch=1.0, change_speed=0.0, conversation=0.0, partial=0.0)
+    sampler = sampler_of(config)
+    for n in range(40):
+        heard, who = [], set()
+        for talker in sampler.sample(str(n)).talkers:
+            segment = talker.segments[0]
+            name = sampler.speech.items[sampler.speech.index_of(segment.item)].speaker
+            heard.append(pitch[name] * segment.speed)
+            who.add(name)
+        assert len(who) == 2 and abs(np.log(heard[1] / heard[0])) < 0.065

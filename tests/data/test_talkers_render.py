@@ -5,6 +5,7 @@ import pytest
 import torch
 from banks import bank_of
 
+from allears.audio.formants import shift_formants
 from allears.audio.rooms import early_part
 from allears.audio.shoebox import Room
 from allears.core.config import to_dict
@@ -136,3 +137,46 @@ def test_rooms_of_several_talkers(tmp_path):
         places = np.array(room_with_sources(rng, 3).mics_m)[:3]
         apart = np.linalg.norm(places[:, None] - places, axis=-1)[np.triu_indices(3, 1)]
         assert apart.min() >= APART_M
+
+
+def test_formants_are_moved_in_the_dry_voice():
+    """Also where only some voices of the batch have other ones, and up to where a narrow-band recording ends."""
+    plain = clip(0.0, 0.0, 0.0)
+    narrow = replace(BANK, items=[replace(item, narrow_band=item.id == "i2") for item in BANK.items])
+    talkers = [replace(talker, formants=ratio) for talker, ratio in zip(plain.talkers, (1.0, 0.84, 1.15), strict=True)]
+    fast = replace(talkers[2].segments[0], length=7000, speed=1.25)
+    talkers[2] = replace(talkers[2], segments=(fast,))
+    plain = replace(plain, talkers=(*plain.talkers[:2], replace(plain.talkers[2], segments=(fast,))))
+    (_, before), (_, after) = (TalkersRenderer(narrow)([spec]) for spec in (plain, replace(plain, talkers=(*talkers,))))
+    by_hand = shift_formants(before[0], torch.tensor([1.0, 0.84, 1.15]), top_hz=torch.tensor([8000.0, 8000.0, 5000.0]))
+    for row in range(3):
+        wanted, got = by_hand[row] / active_rms(by_hand[row : row + 1])[0], after[0, row] / active_rms(after[0])[row]
+        torch.testing.assert_close(got, wanted, atol=2e-3, rtol=1e-3)
+    change = [
+        float((after[0, row] - before[0, row]).square().sum() / before[0, row].square().sum()) for row in range(3)
+    ]
+    assert change[1] > 0.01 and change[2] > 0.01
+
+
+def test_a_room_hears_the_moved_formants_and_other_rows_keep_their_samples():
+    talker = clip(0.0).talkers[0]
+    dry, wet = (TalkersSpec("a", 8000, (replace(talker, formants=1.15, rir=rir),)) for rir in (None, {"bank": 0}))
+    rooms = RirBank.simulate(1, 3, talkers=1)
+    render = TalkersRenderer(BANK, rirs=rooms)
+    _, source = render([dry])
+    response = early_part(rooms.full[0, :1], 16_000)[0]
+    wanted = np.convolve(source[0, 0].double().numpy(), response.double().numpy())[:8000]
+    got = render([wet])[1][0, 0].double().numpy()
+    assert np.dot(wanted, got) / np.linalg.norm(wanted) / np.linalg.norm(got) > 1 - 1e-5
+    alone, both = render([clip(0.0, 1.0)])[0], render([clip(0.0, 1.0), dry])[0]
+    assert torch.equal(alone[0], both[0])
+
+
+def test_no_formants_no_work(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("called")
+
+    monkeypatch.setattr("allears.data.talkers_render.shift_formants", refuse)
+    TalkersRenderer(BANK)([clip(0.0, 1.0), TalkersSpec("b", 8000, (Talker((), formants=1.2),))], 3)
+    with pytest.raises(AssertionError, match="called"):
+        TalkersRenderer(BANK)([replace(clip(0.0), talkers=(replace(clip(0.0).talkers[0], formants=1.2),))])

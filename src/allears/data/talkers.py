@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from allears.core.errors import CorpusError
-from allears.data.cast import Cast, Voice
+from allears.data.cast import Cast, Voice, pitches_hz
 from allears.data.draws import RATE, Draws, without_speakers
+from allears.data.formants import formant_ratios
 from allears.data.segments import Segment, Synthetic, lean_dict, read_lines, write_lines
 
 
@@ -26,12 +27,14 @@ class Talker:
         rir: its place in a room: ``{"bank": i, "source": j}``, ``{"item": id}`` or ``{"room": {...}, "source": j}``;
             ``None`` is dry.
         eq_db: gains at 125, 250, ..., 8000 Hz; ``None`` is flat.
+        formants: its resonances are at so many times their frequency, its pitch is as it was.
     """
 
     segments: tuple[Segment, ...]
     gain_db: float = 0.0
     rir: dict[str, Any] | None = None
     eq_db: tuple[float, ...] | None = None
+    formants: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,13 @@ class TalkersConfig:
             them apart by: they come from one package, and pass through one equaliser. Where the package has too few,
             a speaker is heard again as another, at a speed of its own (``alike_speed``, cut into parts).
         apart: part of the logarithm of ``alike_speed`` that lies between the speeds of two such voices.
+        one_pitch: share of the other clips whose voices are brought to one pitch by their speeds (``alike_speed``), to
+            within 6 %: what is left to tell them apart by is harder to hear.
         one_band: a clip's talkers are all full band or all narrow-band, so that the bandwidth does not tell them apart.
         leave_out: speaker names that stand for several voices.
+        formant: share of the voices whose formants are moved, by ``formant_ratio``: with speed, pitch and formants
+            change together, and two voices of one pitch would always sound alike. Nothing else that is drawn for a
+            clip depends on it.
         rirs: rooms of the renderer's bank.
     """
 
@@ -123,9 +131,12 @@ class TalkersConfig:
     alike: float = 0.0
     alike_speed: tuple[float, float] = (0.8, 1.26)
     apart: float = 0.25
+    one_pitch: float = 0.0
     one_band: bool = False
     leave_out: tuple[str, ...] = ("fillets-cs-minor",)
     rirs: int = 0
+    formant: float = 0.0
+    formant_ratio: tuple[float, float] = (0.84, 1.19)
 
     def __post_init__(self) -> None:
         if not self.talkers or any(count < 1 or weight < 0 for count, weight in self.talkers):
@@ -134,6 +145,8 @@ class TalkersConfig:
             raise ValueError(f"talkers: the weights of {self.talkers} add up to 0; one must be above 0")
         if self.conversation + self.partial > 1:
             raise ValueError(f"conversation, partial: {self.conversation} and {self.partial} add up to more than 1")
+        if not 0 < self.formant_ratio[0] <= self.formant_ratio[1]:
+            raise ValueError(f"formant_ratio: {self.formant_ratio} given; wanted (low, high), 0 < low <= high")
 
 
 @dataclass
@@ -160,7 +173,9 @@ class TalkersSampler(Draws[TalkersConfig]):
         self._counts = np.array([count for count, _ in self.config.talkers])
         weights = np.array([weight for _, weight in self.config.talkers], dtype=np.float64)
         self._count_weight = weights / weights.sum()
-        self._cast = Cast(self.speech, list(self._by_speaker.values()), self._speaker_weight, self.rng)
+        items = list(self._by_speaker.values())
+        pitches = pitches_hz(self.speech, items) if self.config.one_pitch else None
+        self._cast = Cast(self.speech, items, self._speaker_weight, self.rng, pitches)
         if (most := int(self._counts[weights > 0].max())) > len(self._speaker_names):
             raise CorpusError(
                 f"speech: the bank holds {len(self._speaker_names)} speakers, and clips of {most} talkers are asked for"
@@ -168,16 +183,23 @@ class TalkersSampler(Draws[TalkersConfig]):
 
     def sample(self, name: str) -> TalkersSpec:
         """Draw one clip. It has fewer talkers than drawn where the recordings are too short to be heard."""
+        spec = self._clip(name)
+        return self._reshaped(spec) if self.config.formant else spec
+
+    def _reshaped(self, spec: TalkersSpec) -> TalkersSpec:
+        """The clip with formants drawn for its voices: last of all, so that the rest is what it is without them."""
+        items = [self.speech.items[self.speech.index_of(talker.segments[0].item)] for talker in spec.talkers]
+        speakers = [item.speaker or item.package for item in items]
+        ratios = formant_ratios(speakers, self.config.formant, self.config.formant_ratio, self.rng)
+        talkers = (replace(talker, formants=x) for talker, x in zip(spec.talkers, ratios, strict=True))
+        return replace(spec, talkers=tuple(talkers))
+
+    def _clip(self, name: str) -> TalkersSpec:
         config, rng = self.config, self.rng
         frames = int(config.seconds * RATE)
         count = int(rng.choice(self._counts, p=self._count_weight))
         alike = count > 1 and bool(config.alike) and self.chance(config.alike)
-        self._cast.rng = rng
-        if alike:
-            voices = self._cast.alike(count, config.alike_speed, config.apart, lambda: self.speed(config.speech_speed))
-        else:
-            voices = self._cast.distinct(count, config.one_band, lambda: self.speed(config.speech_speed))
-        lines = [line for line in self._lines(frames, voices) if line]
+        lines = [line for line in self._lines(frames, self._voices(count, alike)) if line]
         room = int(rng.integers(config.rirs)) if config.rirs and self.chance(config.reverberant) else None
         shared = self.octave_gains() if alike else None
         talkers = tuple(
@@ -207,6 +229,15 @@ class TalkersSampler(Draws[TalkersConfig]):
             snr_db=round(self.uniform(config.snr_db), 2),
             noise_rir={"bank": room, "source": -1} if inside else None,
         )
+
+    def _voices(self, count: int, alike: bool) -> list[Voice]:
+        config, cast, speed = self.config, self._cast, lambda: self.speed(self.config.speech_speed)
+        cast.rng = self.rng
+        if alike:
+            return cast.alike(count, config.alike_speed, config.apart, speed)
+        if count > 1 and config.one_pitch and self.chance(config.one_pitch):
+            return cast.level(count, config.one_band, config.alike_speed, speed)
+        return cast.distinct(count, config.one_band, speed)
 
     def _lines(self, frames: int, voices: list[Voice]) -> list[tuple[Segment, ...]]:
         """What each talker says."""

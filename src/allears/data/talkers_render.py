@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from allears.audio.formants import shift_formants
 from allears.audio.rooms import early_part
 from allears.data.bank import AudioBank
 from allears.data.draws import RATE
@@ -74,6 +75,7 @@ class TalkersRenderer:
         talkers = [talker for spec in specs for talker in (*spec.talkers, *[silent] * (count - len(spec.talkers)))]
         placed = [(row, segment) for row, talker in enumerate(talkers) for segment in talker.segments]
         dry = lay_segments(placed, self.speech, self._flat_speech, len(talkers), frames, even_level=False)
+        dry = self._reshaped(dry, talkers)
         room = room_responses(self.rirs, [talker.rir for talker in talkers], "talker", self.device)
         rooms = [None] if room is None else [room, early_part(room, RATE)]
         lowpass = [spec.lowpass_hz for spec in specs for _ in range(count)]
@@ -82,6 +84,22 @@ class TalkersRenderer:
         gain = wanted / active_rms(through[-1]).clamp_min(FAINT)
         heard, target = ((x * gain).unflatten(0, (len(specs), count)) for x in (through[0], through[-1]))
         return heard, target
+
+    def _reshaped(self, dry: Tensor, talkers: list[Talker]) -> Tensor:
+        """The dry voices (B * J, T) with the formants that their talkers have; itself where all have their own."""
+        rows = [row for row, talker in enumerate(talkers) if talker.formants != 1 and talker.segments]
+        if not rows:
+            return dry
+        ratio = on_device(self.device, [talkers[row].formants for row in rows])
+        top = on_device(self.device, [self._top_hz(talkers[row]) for row in rows])
+        places = on_device(self.device, rows, np.int64)
+        return dry.index_copy(0, places, shift_formants(dry[places], ratio, RATE, top))
+
+    def _top_hz(self, talker: Talker) -> float:
+        """Where the voice's recordings end, as fast as they are played."""
+        first = talker.segments[0]
+        narrow = self.speech.items[self.speech.index_of(first.item)].narrow_band
+        return min(RATE / 2, first.speed * RATE / (4 if narrow else 2))
 
     def _noise(self, specs: list[TalkersSpec], heard: Tensor) -> Tensor:
         """The noise (B, T) at its level below ``heard`` (B, T); exact zeros where a clip has none."""

@@ -27,7 +27,15 @@ from allears.train.graphs import graphed
 log = logging.getLogger(__name__)
 
 CLEAN_MIX = TalkersConfig(
-    talkers=((2, 1.0),), noisy=0.0, reverberant=0.0, conversation=0.0, partial=0.0, lowpass=0.0, alike=0.6
+    talkers=((2, 1.0),),
+    noisy=0.0,
+    reverberant=0.0,
+    conversation=0.0,
+    partial=0.0,
+    lowpass=0.0,
+    alike=0.4,
+    one_pitch=0.5,
+    formant=0.5,
 )
 """Two talkers at once, -5 to 5 dB, nothing else: the field's usual task."""
 
@@ -37,8 +45,10 @@ ROOM_MIX = TalkersConfig(
     reverberant=0.6,
     conversation=0.25,
     partial=0.1,
-    alike=0.6,
+    alike=0.4,
+    one_pitch=0.5,
     one_band=True,
+    formant=0.5,
 )
 """One to three talkers, clean or in noise, dry or in a room, all at once or in turns."""
 
