@@ -21,7 +21,8 @@ from allears.models.echo.export import (
     step_cost,
 )
 from allears.models.echo.model import EchoState
-from allears.models.echo.runtime import OnnxStep
+from allears.models.echo.runtime import OnnxNet, OnnxStep
+from allears.models.echo.stream import EchoCore
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -65,6 +66,13 @@ def exported(tmp_path_factory):
     return net, export_onnx(net, tmp_path_factory.mktemp("onnx") / "net.onnx")
 
 
+@pytest.fixture(scope="module")
+def between(exported, tmp_path_factory):
+    """The file between spectra of the same network."""
+    net, _ = exported
+    return export_onnx(net, tmp_path_factory.mktemp("onnx") / "spectra.onnx", spectra=True)
+
+
 def test_the_file_gives_what_pytorch_gives_hop_by_hop(exported):
     net, path = exported
     assert check_onnx(net, path, hops=60) < 1e-4
@@ -82,6 +90,34 @@ def test_the_file_names_its_state(exported):
     hop = np.zeros(SMALL.hop, np.float32)
     assert step(hop, hop).shape == (SMALL.hop,)
     assert step.facts["alignment"].shape == (1, 12) and step.facts["voice"].shape == (1,)
+
+
+def test_the_file_between_spectra_gives_what_pytorch_gives(exported, between):
+    """Frame by frame, with the transforms around it; its state is the other file's but for what belongs to those."""
+    net, path = exported
+    assert check_onnx(net, between, hops=60) < 1e-4
+    assert set(OnnxStep(path).state) - set(OnnxStep(between).state) == {"signals", "tail"}
+    ours, theirs = OnnxStep(path), OnnxStep(between)
+    for seed in range(12):
+        mic, reference = (0.1 * np.random.default_rng(seed).standard_normal((2, SMALL.hop))).astype(np.float32)
+        np.testing.assert_allclose(theirs(mic, reference), ours(mic, reference), atol=1e-5)
+    with pytest.raises(ValueError, match=r"file: one from hops to hops given; one of export_onnx\(..., spectra=True\)"):
+        OnnxNet(path, net.config)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 48_000])
+def test_onnx_is_pytorch_at_every_rate(exported, between, rate):
+    net, _ = exported
+    rng, told, wanted = np.random.default_rng(1), [], []
+    both = (0.1 * rng.standard_normal((3, 3 * rate // 100 + 17))).astype(np.float32)  # two microphones
+    near = []
+    for network, facts in ((net, wanted), (OnnxNet(between, net.config), told)):
+        core = EchoCore(network, 2, 1, facts.append, rate)
+        near.append(np.concatenate([core.push(both[:, :301]), core.push(both[:, 301:]), core.flush()], axis=1))
+    np.testing.assert_allclose(near[1], near[0], atol=1e-5)
+    for name in ("delay_ms", "voice", "alignment"):
+        got, right = (np.concatenate([getattr(f, name) for f in facts], axis=1) for facts in (told, wanted))
+        np.testing.assert_allclose(got, right, atol=1e-4)
 
 
 def test_another_networks_file_is_found_out(exported):
@@ -103,11 +139,11 @@ def test_a_network_without_all_that_can_be_left_out_is_exported(tmp_path):
     assert not OnnxStep(path).facts and "align_keys" not in OnnxStep(path).state
 
 
-def test_the_pipeline_runs_on_onnxruntime(exported, monkeypatch):
+def test_the_pipeline_runs_on_onnxruntime(exported, between, monkeypatch):
     """Two microphones, each with its own state, by one file; streams share it and do not meet."""
-    net, path = exported
+    net, _ = exported
     monkeypatch.setattr(
-        "allears.models.echo.export.export_onnx", lambda _, to: to.write_bytes(path.read_bytes()) and to
+        "allears.models.echo.export.export_onnx", lambda _, to, spectra: to.write_bytes(between.read_bytes()) and to
     )
     ours, theirs = EchoCanceller(net, "cpu"), EchoCanceller(net, runtime="onnx")
     assert theirs.device.type == "cpu" and theirs.parameters == ours.parameters

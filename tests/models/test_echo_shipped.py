@@ -1,7 +1,9 @@
 import numpy as np
+import pytest
 from tests.conftest import voice_like
 
 from allears.audio.metrics import si_sdr_db
+from allears.audio.resample import resample
 from allears.models.echo import EchoCanceller
 
 RATE = 16_000
@@ -40,3 +42,23 @@ def test_both_at_once_near_end_comes_out_ahead():
     near, far, echo = scene(150)
     out = CANCELLER(near + echo, far, RATE)
     assert si_sdr_db(out[RATE:], near[RATE:]) > si_sdr_db((near + echo)[RATE:], near[RATE:]) + 3
+
+
+@pytest.mark.parametrize("delay_ms", [0, 150, 700])
+def test_a_stream_at_48_khz_cancels_as_the_network_does_at_its_rate(delay_ms):
+    """Echo alone, and both at once: beside 16 kHz, and beside conversion of the whole signal by soxr, which lacks what
+    is above 7.2 kHz (with no delay, 1.03 dB of the echo that is left)."""
+    near, far, echo = scene(delay_ms)
+    wide = [resample(x[None], RATE, 48_000)[0] for x in (near, far, echo)]
+
+    def scores(cancel, near, far, echo, rate):
+        left, out = cancel(echo, far, rate)[rate:], cancel(near + echo, far, rate)[rate:]
+        return energy_db(echo[rate:]) - energy_db(left), si_sdr_db(out, near[rate:])
+
+    def live(mic, reference, rate):
+        session = CANCELLER.stream(rate)
+        return np.concatenate([session.push(mic, reference), session.flush()])
+
+    ours = scores(live, *wide, 48_000)
+    assert ours == pytest.approx(scores(CANCELLER, near, far, echo, RATE), abs=0.5)
+    assert ours == pytest.approx(scores(CANCELLER, *wide, 48_000), abs=1.1 if delay_ms == 0 else 1.0)

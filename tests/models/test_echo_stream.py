@@ -81,13 +81,14 @@ def test_nothing_shifts_at_any_rate(rate):
 
 @pytest.mark.parametrize(
     ("rate", "conversion_ms"),
-    [(8_000, 2.75), (16_000, 0.0), (24_000, 1.333), (32_000, 1.344), (44_100, 1.338), (48_000, 1.333), (96_000, 1.333)],
+    [(8_000, 0.0), (16_000, 0.0), (24_000, 0.0), (32_000, 0.0), (44_100, 1.338), (48_000, 0.0), (96_000, 0.0)],
 )
 def test_latency_is_what_is_told(rate, conversion_ms):
-    """With chunks of whole hops (of 2 ms here; windows of 4): what has not come back after a chunk, and an impulse."""
-    assert resampling_ms(rate, RATE) == pytest.approx(conversion_ms, abs=1e-3)
+    """With chunks of whole hops (of 2 ms here, which at 44.1 kHz are no whole samples; windows of 4): what has not come
+    back after a chunk, and an impulse."""
+    assert resampling_ms(rate, SMALL) == pytest.approx(conversion_ms, abs=1e-3)
     session = EchoCanceller(EchoNet(SMALL), "cpu").stream(rate)
-    assert session.latency_ms == SMALL.latency_ms + resampling_ms(rate, RATE)
+    assert session.latency_ms == SMALL.latency_ms + resampling_ms(rate, SMALL)
     assert CANCELLER.latency_ms == SMALL.latency_ms
     size = rate // 100
     x = np.zeros(40 * size, np.float32)

@@ -37,19 +37,20 @@ def test_a_group_of_sessions_is_what_each_is_alone(canceller):
     alone = [steps.initial() for _ in range(3)]
     together = [steps.initial() for _ in range(3)]
     for _ in range(20):
-        signals = 0.1 * rng.standard_normal((3, 2, SMALL.hop)).astype(np.float32)
-        made = steps.run([Hop(*both, state) for both, state in zip(signals, together, strict=True)])
-        single = [steps.run([Hop(*both, state)])[0] for both, state in zip(signals, alone, strict=True)]
+        spectra = rng.standard_normal((3, 2, 2, SMALL.bins)).astype(np.float32)
+        made = steps.run([Hop(*job) for job in zip(spectra, together, strict=True)])
+        single = [steps.run([Hop(*job)])[0] for job in zip(spectra, alone, strict=True)]
         for ours, wanted in zip(made, single, strict=True):
-            np.testing.assert_allclose(ours.near, wanted.near, atol=1e-5)
+            np.testing.assert_allclose(ours.spectrum, wanted.spectrum, atol=1e-4)
             np.testing.assert_allclose(ours.alignment, wanted.alignment, atol=1e-5)
             assert ours.voice == pytest.approx(wanted.voice, abs=1e-4)
         together, alone = [m.state for m in made], [s.state for s in single]
 
 
-def test_onnxruntime_is_the_canceller(canceller, onnx):
+@pytest.mark.parametrize("rate", [RATE, 48_000])
+def test_onnxruntime_is_the_canceller(canceller, onnx, rate):
     assert onnx.name == "onnxruntime" and onnx.threads == 2
-    is_the_canceller(canceller, onnx)
+    is_the_canceller(canceller, onnx, rate)
 
 
 @pytest.mark.parametrize("ablation", ["all", "no-voice", "unaligned"])
@@ -57,17 +58,21 @@ def test_pytorch_is_the_canceller(ablation):
     canceller = EchoCanceller(make(ABLATIONS[ablation]), device="cpu")
     engine = choose_engine(canceller.net, "torch", 1)
     assert engine.name == "pytorch" and engine.threads == 8
-    is_the_canceller(canceller, engine)
+    for rate in (8_000, RATE, 48_000):
+        is_the_canceller(canceller, engine, rate)
 
 
-def is_the_canceller(canceller, engine):
+def is_the_canceller(canceller, engine, rate):
     mic, reference = 0.1 * np.random.default_rng(0).standard_normal((2, 1500)).astype(np.float32)
     found = []
-    session = EchoSession(engine, 1, RATE, on_facts=found.append)
+    session = EchoSession(engine, 1, rate, on_facts=found.append)
     got = np.concatenate([session.push(mic[:700], reference[:700]), session.push(mic[700:], reference[700:])])
     got = np.concatenate([got, session.flush()])
     told = []
-    wanted = canceller(mic, reference, RATE, on_facts=told.append)
+    whole = canceller.stream(rate, on_facts=told.append)
+    wanted = np.concatenate([whole.push(mic, reference), whole.flush()])
+    if rate == RATE:
+        np.testing.assert_allclose(wanted, canceller(mic, reference, RATE), atol=1e-5)
     np.testing.assert_allclose(got, wanted, atol=1e-4 * max(1.0, np.abs(wanted).max()))
     for fact in ("delay_ms", "voice"):
         ours, theirs = getattr(found[0], fact), getattr(told[0], fact)
@@ -79,19 +84,19 @@ def is_the_canceller(canceller, engine):
 def test_sessions_of_one_onnx_file_do_not_mix(onnx):
     steps = onnx.steps
     rng = np.random.default_rng(1)
-    signals = 0.1 * rng.standard_normal((2, 12, 2, SMALL.hop)).astype(np.float32)
+    spectra = rng.standard_normal((2, 12, 2, 2, SMALL.bins)).astype(np.float32)
     mixed, states = [[], []], [steps.initial(), steps.initial()]
     for index in range(12):
         for who in (0, 1):
-            made = steps.run([Hop(*signals[who, index], states[who])])[0]
+            made = steps.run([Hop(spectra[who, index], states[who])])[0]
             states[who] = made.state
-            mixed[who].append(made.near)
+            mixed[who].append(made.spectrum)
     for who in (0, 1):
         state = steps.initial()
         for index in range(12):
-            made = steps.run([Hop(*signals[who, index], state)])[0]
+            made = steps.run([Hop(spectra[who, index], state)])[0]
             state = made.state
-            np.testing.assert_array_equal(made.near, mixed[who][index])
+            np.testing.assert_array_equal(made.spectrum, mixed[who][index])
 
 
 def test_auto_takes_onnx_where_it_is_and_says_where_it_is_not(canceller, monkeypatch, caplog):
@@ -104,7 +109,7 @@ def test_auto_takes_onnx_where_it_is_and_says_where_it_is_not(canceller, monkeyp
 
 def test_an_onnx_file_that_differs_is_refused(canceller, monkeypatch):
     monkeypatch.setattr(engines, "require", lambda *_: None)
-    monkeypatch.setattr(engines, "export_onnx", lambda net, path: path)
+    monkeypatch.setattr(engines, "export_onnx", lambda net, path, spectra: path)
     monkeypatch.setattr(engines, "check_onnx", lambda net, path: float("nan"))
     with pytest.raises(ValueError, match=r"onnxruntime differs from PyTorch by nan; use --engine torch"):
         choose_engine(canceller.net, "onnx", 1)
@@ -184,9 +189,7 @@ def test_one_job_alone_waits_for_nobody():
 
 def test_an_engine_steps_hop_after_hop():
     engine = Engine(Subtract(), 1)
-    mic, reference = torch.randn(2, 1, 3 * SMALL.hop)
-    near, heard, (held, count) = engine.advance(mic, reference, engine.initial_state(1))
-    wanted = torch.cat([torch.zeros(SMALL.hop), (mic - reference)[0, : 2 * SMALL.hop]])
-    torch.testing.assert_close(near[0], wanted)
-    np.testing.assert_array_equal(held, (mic - reference)[0, -SMALL.hop :].numpy())
+    spectra = torch.randn(1, 2, 2, 3, SMALL.bins)
+    made, heard, count = engine.cancel(spectra, engine.initial_state(1))
+    assert torch.equal(made, spectra[:, 0] - spectra[:, 1])
     assert count == 3 and heard.alignment.shape == (1, 3, SMALL.align_frames) and heard.voice.tolist() == [[9.0] * 3]

@@ -38,7 +38,7 @@ def beside(address, hall):
         client.send(mic[:640], reference[:640])
         yield
         client.send(mic[640:], reference[640:])
-        np.testing.assert_allclose(client.finish(), mic - reference, atol=1e-7)
+        np.testing.assert_allclose(client.finish(), mic - reference, atol=1e-6)
         assert client.code == Code.DONE
     wait_for(lambda: hall.running == 0)
     assert hall.metrics.errors == 0
@@ -58,7 +58,7 @@ def test_dropped_frames(address, hall, beside):
         near = client.finish()
     wanted = mic - reference
     wanted[200:400] = 0
-    np.testing.assert_allclose(near, wanted, atol=1e-7)
+    np.testing.assert_allclose(near, wanted, atol=1e-6)
     assert client.code == Code.DONE and client.told["frames"] == {"dropped": 2}
     assert counted(hall, "dropped") == before + 2
 
@@ -70,7 +70,7 @@ def test_duplicated_and_late_frames(address, hall, beside):
             here = slice(100 * number, 100 * number + 100)
             client.send(mic[here], reference[here], sequence=number)
         near = client.finish()
-    np.testing.assert_allclose(near, mic - reference, atol=1e-7)
+    np.testing.assert_allclose(near, mic - reference, atol=1e-6)
     assert client.told["frames"] == {"duplicated": 1, "late": 1}
 
 
@@ -149,7 +149,7 @@ def test_a_reference_that_is_missing_for_seconds(address, beside):
         for begin in range(0, len(mic), 1600):
             client.send(mic[begin : begin + 1600], NONE)
         near = client.finish()
-    np.testing.assert_allclose(near, mic, atol=1e-7)
+    np.testing.assert_allclose(near, mic, atol=1e-6)
     assert client.code == Code.DONE
 
 
@@ -164,5 +164,5 @@ def test_a_fault_of_the_engine_ends_its_session_alone(caplog):
         bad.drain()
         assert bad.code == Code.FAULT and bad.told["message"] == "a fault of the server: begin a new session"
         good.send(mic[1600:], reference[1600:])
-        np.testing.assert_allclose(good.finish(), mic - reference, atol=1e-7)
+        np.testing.assert_allclose(good.finish(), mic - reference, atol=1e-6)
     assert hall.metrics.errors == 1 and "a fault on purpose" in caplog.text

@@ -30,7 +30,7 @@ BRIGHT = """(() => {
 
 
 class Damp(Subtract):
-    """A twentieth of the microphone, 26 dB less; keeps what was played."""
+    """A twentieth of the microphone, 26 dB less; keeps the energy of what was played."""
 
     name, config = "damp", CONFIG
 
@@ -38,13 +38,10 @@ class Damp(Subtract):
         super().__init__()
         self.played = 0.0
 
-    def initial(self):
-        return np.zeros(CONFIG.hop, np.float32)
-
     def run(self, hops):
-        self.played += sum(float(np.square(hop.reference).sum()) for hop in hops)
+        self.played += sum(float(np.square(hop.spectra[1]).sum()) for hop in hops) / CONFIG.hop  # after Parseval
         found = np.eye(CONFIG.align_frames, dtype=np.float32)[7]
-        return [Made(0.05 * hop.state, found, -4.0, hop.mic) for hop in hops]
+        return [Made(0.05 * hop.spectra[0], found, -4.0, hop.state) for hop in hops]
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def test_a_stream_comes_back_clean(address):
     with Client(address) as client:
         assert client.begin().ready["latency_ms"] == 4.0 and client.ready["engine"] == "subtract"
         near = stream_through(client, mic, reference)
-    np.testing.assert_allclose(near, mic - reference, atol=1e-7)
+    np.testing.assert_allclose(near, mic - reference, atol=1e-6)
     assert client.code == Code.DONE and client.told == {"type": "end", "code": 1000, "message": "done", "frames": {}}
     last = client.replies[-1]
     assert last.kind == END and last.delay_ms == pytest.approx(3 * 1000 * HOP / RATE)
@@ -69,7 +69,7 @@ def test_replies_tell_how_far_they_are_and_how_long_it_took():
 def test_sixteen_bits_and_other_rates(address):
     mic, reference = noise(9600), noise(9600)
     with Client(address, rate=48_000) as client:
-        assert client.begin().ready["latency_ms"] == 5.33  # 64 samples for the conversion
+        assert client.begin().ready["latency_ms"] == 4.0  # nothing is converted
         for begin in range(0, 9600, 960):
             client.send(mic[begin : begin + 960], reference[begin : begin + 960], sample_format="int16")
         near = client.finish()
@@ -94,7 +94,7 @@ def test_sessions_at_once_keep_apart(address):
     for thread in threads:
         thread.join(20)
     for near, (mic, reference) in zip(found, signals, strict=True):
-        np.testing.assert_allclose(near, mic - reference, atol=1e-7)
+        np.testing.assert_allclose(near, mic - reference, atol=1e-6)
 
 
 def test_one_more_is_refused_and_harms_no_other(address, hall):
@@ -107,7 +107,7 @@ def test_one_more_is_refused_and_harms_no_other(address, hall):
         assert fourth.told["message"] == fourth.reason and fourth.told["type"] == "error"
         for client in clients:
             mic, reference = noise(800), noise(800)
-            np.testing.assert_allclose(stream_through(client, mic, reference), mic - reference, atol=1e-7)
+            np.testing.assert_allclose(stream_through(client, mic, reference), mic - reference, atol=1e-6)
     finally:
         for client in clients:
             client.socket.close()
@@ -156,7 +156,8 @@ def test_page_health_and_metrics(address, hall):
     assert get(address, "/../hall.py")[0] == 404
     health = json.loads(get(address, "/healthz")[1])
     assert health["status"] == "ok" and health["engine"] == "subtract" and health["sessions_most"] == 3
-    assert health["streams"]["echo"]["latency_ms"] == {"16000": 4.0, "44100": 5.34, "48000": 5.33}
+    # Hops of 2 ms here: at 44.1 kHz they are no whole samples, and the rate is converted.
+    assert health["streams"]["echo"]["latency_ms"] == {"16000": 4.0, "44100": 5.34, "48000": 4.0}
     assert health["streams"]["enhance"]["live"] is False and "late" in health["streams"]["enhance"]["reason"]
     _, text, headers = get(address, "/metrics")
     assert headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -194,7 +195,7 @@ def test_faster_than_real_time_is_slowed_and_waits_in_bounds(monkeypatch):
         begun = time.monotonic()
         near = stream_through(client, mic, reference, size=800)
         elapsed = time.monotonic() - begun
-    np.testing.assert_allclose(near, mic - reference, atol=1e-7)
+    np.testing.assert_allclose(near, mic - reference, atol=1e-6)
     assert 0.6 < elapsed < 5 and longest[0] <= 0.25
 
 
@@ -221,7 +222,7 @@ def test_a_session_whose_time_is_over_gets_its_rest():
     with running(make_hall(limits=Limits(session_s=0.3))) as address, Client(address) as client:
         client.begin()
         client.send(mic, reference)
-        np.testing.assert_allclose(client.drain(), mic - reference, atol=1e-7)
+        np.testing.assert_allclose(client.drain(), mic - reference, atol=1e-6)
         assert client.code == Code.TIME_OVER and client.replies[-1].kind == END
 
 
@@ -236,7 +237,7 @@ def test_shutdown_lets_sessions_finish():
     near = client.drain()
     assert client.code == Code.STOPPING and client.told["message"] == "the server is stopping"
     assert len(near) >= 320 and client.replies[-1].kind == END
-    np.testing.assert_allclose(near, (mic - reference)[: len(near)], atol=1e-7)
+    np.testing.assert_allclose(near, (mic - reference)[: len(near)], atol=1e-6)
     assert hall.running == 0
 
 

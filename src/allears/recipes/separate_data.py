@@ -114,9 +114,8 @@ def _validation_set(
 ) -> tuple[Tensor, Tensor]:
     two = min(2, talkers, len(speech.speakers()))  # as many distinct voices as there are
     rooms = min(32, clips) if reverberant else 0
-    alone = {"change_speed": 0.0, "eq": 0.0, "conversation": 0.0, "partial": 0.0, "alike": 0.0}
-    alone |= {"one_pitch": 0.0, "formant": 0.0}
-    config = replace(mix, talkers=((two, 1.0),), rirs=rooms, **alone)
+    config = replace(mix, talkers=((two, 1.0),), rirs=rooms, conversation=0.0, partial=0.0)
+    config = replace(config, change_speed=0.0, eq=0.0, alike=0.0, one_pitch=0.0, formant=0.0)  # voices as they are
     sampler = TalkersSampler(speech, noise, config, np.random.default_rng(1234))
     specs = [sampler.sample(f"val-{row}") for row in range(clips)]
     bank = RirBank.simulate(rooms, 4321, device, talkers=talkers) if rooms else None

@@ -108,7 +108,7 @@ def health(hall: Hall) -> dict[str, Any]:
             "echo": {
                 "live": True,
                 "latency_ms": {
-                    str(rate): round(config.latency_ms + resampling_ms(rate, config.sample_rate_hz), 2)
+                    str(rate): round(config.latency_ms + resampling_ms(rate, config), 2)
                     for rate in (16_000, 44_100, 48_000)
                 },
             },

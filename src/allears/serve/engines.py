@@ -1,6 +1,8 @@
 """What computes: one step of the echo canceller for many sessions, by onnxruntime or by PyTorch.
 
-Shapes: B sessions of a group, T hops, D delays.
+Steps go from spectra to spectra, so that sessions of all rates share them; the transforms are each session's own.
+
+Shapes: B sessions of a group, T hops, F bins, D delays.
 """
 
 import logging
@@ -21,7 +23,8 @@ from allears.core.errors import require
 from allears.models.echo.config import EchoConfig
 from allears.models.echo.export import check_onnx, export_onnx, fill_state, name_state
 from allears.models.echo.model import EchoNet, EchoState, Heard
-from allears.models.echo.runtime import ALIGNMENT, VOICE, OnnxGraph, State
+from allears.models.echo.runtime import ALIGNMENT, SPECTRA, VOICE, OnnxGraph, State
+from allears.models.echo.stream import EchoCore
 from allears.serve.combine import Combiner
 
 logger = logging.getLogger(__name__)
@@ -31,17 +34,17 @@ _SAME = 1e-3  # of the largest sample: what onnxruntime may differ by
 
 
 class Hop(NamedTuple):
-    """A step of one session: (hop,) of both signals, and its state."""
+    """A step of one session: ``spectra`` (2, 2, F), microphone and reference, real and imaginary parts; its state."""
 
-    mic: np.ndarray
-    reference: np.ndarray
+    spectra: np.ndarray
     state: Any
 
 
 class Made(NamedTuple):
-    """``near`` (hop,), ``alignment`` (D,) and ``voice``, where the network tells them, and the next state."""
+    """``spectrum`` (2, F) of the near end, ``alignment`` (D,) and ``voice``, where the network tells them, and the next
+    state."""
 
-    near: np.ndarray
+    spectrum: np.ndarray
     alignment: np.ndarray | None
     voice: float | None
     state: Any
@@ -86,16 +89,15 @@ class TorchSteps:
     def run(self, hops: Sequence[Hop]) -> list[Made]:
         states = [name_state(hop.state) for hop in hops]
         together = {name: torch.cat([state[name] for state in states], dim) for name, dim in self._places.items()}
-        mic = torch.from_numpy(np.stack([hop.mic for hop in hops]))
-        reference = torch.from_numpy(np.stack([hop.reference for hop in hops]))
+        spectra = torch.from_numpy(np.stack([hop.spectra for hop in hops]))[:, :, :, None]
         like = hops[0].state
-        near, heard, following = self._net.step(mic, reference, fill_state(like, together))
+        made, heard, following = self._net.cancel(spectra, fill_state(like, together))
         parted = {name: value.chunk(len(hops), self._places[name]) for name, value in name_state(following).items()}
         return [
             Made(
-                near[index].numpy(),
-                None if heard.alignment is None else heard.alignment[index].numpy(),
-                None if heard.voice is None else float(heard.voice[index]),
+                made[index, :, 0].numpy(),
+                None if heard.alignment is None else heard.alignment[index, 0].numpy(),
+                None if heard.voice is None else float(heard.voice[index, 0]),
                 fill_state(like, {name: parts[index] for name, parts in parted.items()}),
             )
             for index in range(len(hops))
@@ -106,7 +108,7 @@ class OnnxSteps:
     """By onnxruntime: the file takes one session at a time, and is quicker all the same.
 
     Args:
-        graph: of a file that ``export_onnx`` wrote; one thread of its own for each call.
+        graph: of a file between spectra that ``export_onnx`` wrote; one thread of its own for each call.
         config: of its network.
     """
 
@@ -122,10 +124,10 @@ class OnnxSteps:
     def run(self, hops: Sequence[Hop]) -> list[Made]:
         return [self._step(*hop) for hop in hops]
 
-    def _step(self, mic: np.ndarray, reference: np.ndarray, state: State) -> Made:
-        near, heard, following = self._graph.run(mic[None], reference[None], state)
+    def _step(self, spectra: np.ndarray, state: State) -> Made:
+        made, heard, following = self._graph.run({SPECTRA: spectra[None, :, :, None]}, state)
         alignment = heard[ALIGNMENT][0] if ALIGNMENT in heard else None
-        return Made(near[0], alignment, float(heard[VOICE][0]) if VOICE in heard else None, following)
+        return Made(made[0, :, 0], alignment, float(heard[VOICE][0]) if VOICE in heard else None, following)
 
 
 class Engine:
@@ -147,22 +149,22 @@ class Engine:
         assert batch == 1
         return self.steps.initial()
 
-    def advance(self, mic: Tensor, reference: Tensor, state: Any) -> tuple[Tensor, Heard, Any]:
-        """(1, T hop) of both to (1, T hop), what is heard ((1, T, D) and (1, T)), and the next state."""
-        hop, made = self.config.hop, []
-        x, r = mic[0].numpy(), reference[0].numpy()
-        for begin in range(0, len(x), hop):
-            step = self._combine(Hop(x[begin : begin + hop], r[begin : begin + hop], state))
+    def cancel(self, spectra: Tensor, state: Any) -> tuple[Tensor, Heard, Any]:
+        """Spectra (1, 2, 2, T, F) to that of the near end, (1, 2, T, F), what is heard ((1, T, D) and (1, T)), and the
+        next state."""
+        made = []
+        for frame in spectra[0].permute(2, 0, 1, 3).contiguous().numpy():
+            step = self._combine(Hop(frame, state))
             made.append(step)
             state = step.state
-        near = torch.from_numpy(np.concatenate([step.near for step in made]))[None]
+        spectrum = torch.from_numpy(np.stack([step.spectrum for step in made], axis=1))[None]
         alignment, voice = None, None
         if made[0].alignment is not None:
             alignment = torch.from_numpy(np.stack([step.alignment for step in made if step.alignment is not None]))
         if made[0].voice is not None:
             voice = torch.tensor([step.voice for step in made])
         heard = Heard(*(None if value is None else value[None] for value in (alignment, voice)))
-        return near, heard, state
+        return spectrum, heard, state
 
 
 def choose_engine(net: EchoNet, name: str, workers: int) -> Engine:
@@ -186,7 +188,7 @@ def choose_engine(net: EchoNet, name: str, workers: int) -> Engine:
         return Engine(TorchSteps(net), workers)
     require("onnxruntime", "onnx", "the engine onnx")
     with tempfile.TemporaryDirectory() as folder:
-        path = export_onnx(net, Path(folder) / "echo.onnx")
+        path = export_onnx(net, Path(folder) / "echo.onnx", spectra=True)
         if not (apart := check_onnx(net, path)) < _SAME:
             raise ValueError(f"engine: onnxruntime differs from PyTorch by {apart:.2g}; use --engine torch")
         return Engine(OnnxSteps(OnnxGraph(path), net.config), workers)
@@ -198,17 +200,15 @@ def cores() -> int:
 
 
 def hops_per_s(engine: Engine, seconds: float = 1.0) -> float:
-    """Hops a second that the engine makes with all of its threads at work."""
+    """Hops a second that the engine makes with all of its threads at work, transforms at its own rate included."""
     counts, begun = [0] * engine.threads, time.perf_counter()
-    noise = (0.1 * np.random.default_rng(0).standard_normal(2 * engine.config.hop)).astype(np.float32)
-    mic, reference = torch.from_numpy(noise.reshape(2, 1, -1))
+    noise = (0.1 * np.random.default_rng(0).standard_normal((2, engine.config.hop))).astype(np.float32)
 
     def work(index: int) -> None:
-        with torch.inference_mode():
-            state = engine.initial_state(1)
-            while time.perf_counter() < begun + seconds:
-                _, _, state = engine.advance(mic, reference, state)
-                counts[index] += 1
+        core = EchoCore(engine, 1)
+        while time.perf_counter() < begun + seconds:
+            core.push(noise)
+            counts[index] += 1
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(engine.threads)]
     for thread in threads:

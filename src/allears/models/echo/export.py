@@ -3,7 +3,8 @@
 The file takes a hop of microphone and of reference and every tensor of the state, and gives a hop of the near end (of
 the hop before), what is heard, and every tensor of the next state. The state before the first hop is zeros but for
 ``levels``; ``OnnxGraph`` (``runtime.py``) reads it from the file. Complex numbers, which ONNX lacks, do not occur: both
-transforms are products with matrices. Shapes: B = 1, N samples of a frame, F bins.
+transforms are products with matrices. A file between spectra leaves them out, for streams of any rate that have their
+own (``own_rate.py``); its state has no signals and no tail. Shapes: B = 1, N samples of a frame, F bins.
 """
 
 import json
@@ -24,10 +25,23 @@ from torch import Tensor, nn
 from allears.audio.stft_matrix import analysis_matrix, synthesis_matrix
 from allears.core.errors import require
 from allears.models.echo.model import EchoNet, EchoState, Heard
-from allears.models.echo.runtime import ALIGNMENT, INITIAL, MIC, NEAR, NEXT, REFERENCE, VOICE, OnnxNet, OnnxStep
+from allears.models.echo.runtime import (
+    ALIGNMENT,
+    INITIAL,
+    MIC,
+    NEAR,
+    NEXT,
+    REFERENCE,
+    SPECTRA,
+    SPECTRUM,
+    VOICE,
+    OnnxNet,
+    OnnxStep,
+)
 from allears.nn.causal import fuse_norms
 
 _OPSET = 17
+_OF_TRANSFORMS = ("signals", "tail")  # of a state: what a file between spectra does not carry
 
 Hops = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """A hop (hop,) of microphone and reference to one of the near end."""
@@ -78,11 +92,28 @@ class _RealStep(nn.Module):
         state = fill_state(self._like, dict(zip(name_state(self._like), tensors, strict=True)))
         signals = torch.cat([state.signals, torch.stack([mic, reference], dim=1)], dim=2)
         spectra = (signals @ self.analysis).reshape(1, 2, 2, 1, -1)
-        made, gain, heard, following = self.net.frames(spectra, state)
-        spectrum = made[-1] if gain is None else made[-1] * gain[:, None, :, None]
+        spectrum, heard, following = self.net.cancel(spectra, state)
         early, late = (spectrum.reshape(1, -1) @ self.synthesis).chunk(2, dim=1)
         following = following._replace(signals=signals[:, :, -self.net.config.hop :], tail=late)
         return (state.tail + early, *_present(heard).values(), *name_state(following).values())
+
+
+class _SpectralStep(nn.Module):
+    """A step between spectra: (1, 2, 2, 1, F) and the tensors of the state, to the tensors that the file gives."""
+
+    def __init__(self, net: EchoNet) -> None:
+        super().__init__()
+        self.net = net
+        self._like = net.initial_state(1)
+
+    def forward(self, spectra: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(_between(self._like), tensors, strict=True))
+        spectrum, heard, following = self.net.cancel(spectra, fill_state(self._like, name_state(self._like) | named))
+        return (spectrum, *_present(heard).values(), *_between(following).values())
+
+
+def _between(state: EchoState) -> dict[str, Tensor]:
+    return {name: value for name, value in name_state(state).items() if name not in _OF_TRANSFORMS}
 
 
 def _present(heard: Heard) -> dict[str, Tensor]:
@@ -93,12 +124,13 @@ def _present(heard: Heard) -> dict[str, Tensor]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def export_onnx(net: EchoNet, path: str | Path) -> Path:
+def export_onnx(net: EchoNet, path: str | Path, spectra: bool = False) -> Path:
     """Write one step of ``net`` as an ONNX file for one microphone.
 
     Args:
         net: trained or not; it stays as it is.
         path: where to; a file there is replaced when the new one is complete.
+        spectra: from spectra to a spectrum, for :class:`OnnxNet`; by default from hops to hops.
 
     Raises:
         ValueError: the network of the pretraining, which wants a linear canceller beside it.
@@ -110,6 +142,10 @@ def export_onnx(net: EchoNet, path: str | Path) -> Path:
     plain = deepcopy(net).cpu().eval().requires_grad_(False)
     fuse_norms(plain)
     state, hop = name_state(plain.initial_state(1)), torch.zeros(1, net.config.hop)
+    step, signals, made = _RealStep(plain), {MIC: hop, REFERENCE: hop}, NEAR
+    if spectra:
+        state = _between(plain.initial_state(1))
+        step, signals, made = _SpectralStep(plain), {SPECTRA: torch.zeros(1, 2, 2, 1, net.config.bins)}, SPECTRUM
     facts = [name for name, wanted in ((ALIGNMENT, plain.align), (VOICE, plain.voice)) if wanted is not None]
     path = Path(path)
     partial = path.with_name(path.name + ".tmp")
@@ -117,11 +153,11 @@ def export_onnx(net: EchoNet, path: str | Path) -> Path:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of the tracer: which of Python's values stay as they are
             torch.onnx.export(
-                _RealStep(plain).eval(),
-                (hop, hop, *state.values()),
+                step.eval(),
+                (*signals.values(), *state.values()),
                 str(partial),
-                input_names=[MIC, REFERENCE, *state],
-                output_names=[NEAR, *facts, *(NEXT + name for name in state)],
+                input_names=[*signals, *state],
+                output_names=[made, *facts, *(NEXT + name for name in state)],
                 opset_version=_OPSET,
                 dynamo=False,
             )
@@ -142,7 +178,8 @@ def as_onnx(net: EchoNet, threads: int = 1) -> OnnxNet:
     """
     require("onnxruntime", "onnx", "running an ONNX file")
     with TemporaryDirectory() as folder:
-        return OnnxNet(export_onnx(net, Path(folder) / "net.onnx").read_bytes(), net.config, threads)
+        path = export_onnx(net, Path(folder) / "net.onnx", spectra=True)
+        return OnnxNet(path.read_bytes(), net.config, threads)
 
 
 class TorchStep:
@@ -164,8 +201,8 @@ class TorchStep:
 
 
 def check_onnx(net: EchoNet, path: str | Path, hops: int = 50, seed: int = 0) -> float:
-    """The largest difference between ``net`` and the file at ``path`` over so many hops of normal noise whose level
-    changes, frame by frame: of the near end, over its largest sample, and of alignment and voice."""
+    """The largest difference between ``net`` and the file at ``path``, of either kind, over so many hops of normal
+    noise whose level changes, frame by frame: of the near end, over its largest sample, and of alignment and voice."""
     ours, theirs = TorchStep(net), OnnxStep(path)
     rng, apart, peak, told = np.random.default_rng(seed), 0.0, 1e-12, [0.0]
     for _ in range(hops):

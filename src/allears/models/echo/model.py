@@ -137,10 +137,15 @@ class EchoNet(nn.Module):
                 f"with a whole number of hops of {hop} samples"
             )
         signals = torch.cat([state.signals, torch.stack([mic, reference], dim=1)], dim=2)
-        made, gain, heard, following = self.frames(self.spectra(self.stft.transform_frames(signals)), state)
-        spectrum = made[-1] if gain is None else made[-1] * gain[:, None, :, None]
+        spectrum, heard, following = self.cancel(self.spectra(self.stft.transform_frames(signals)), state)
         near, tail = self._overlap(spectrum, state.tail)
         return near, heard, following._replace(signals=signals[:, :, -hop:], tail=tail)
+
+    def cancel(self, spectra: Tensor, state: EchoState) -> tuple[Tensor, Heard, EchoState]:
+        """:meth:`advance` without its transforms: spectra (B, 2, 2, T, F) of microphone and reference to that of the
+        near end, behind the gate, (B, 2, T, F). ``signals`` and ``tail`` of the state stay as they are."""
+        made, gain, heard, following = self.frames(spectra, state)
+        return made[-1] if gain is None else made[-1] * gain[:, None, :, None], heard, following
 
     def frames(
         self, spectra: Tensor, state: EchoState, linear: Tensor | None = None

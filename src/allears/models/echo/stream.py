@@ -14,19 +14,20 @@ from torch import Tensor, nn
 from allears.audio.low_delay import LowDelaySession, round_trip_samples
 from allears.models.echo.config import EchoConfig
 from allears.models.echo.model import Heard
+from allears.models.echo.own_rate import OwnRate, whole_hop
 
 _HOPS_AT_ONCE = {"cpu": 100, "cuda": 1000}
 _LOUDEST = 1e15  # as of the session: refused here, before anything has changed
 
 
 class Network(Protocol):
-    """What a stream runs: an ``EchoNet`` at rest, or its ONNX file (``runtime.OnnxNet``)."""
+    """What a stream runs between its transforms: an ``EchoNet`` at rest, or its ONNX file (``runtime.OnnxNet``)."""
 
     config: EchoConfig
 
     def initial_state(self, batch: int) -> Any: ...
 
-    def advance(self, mic: Tensor, reference: Tensor, state: Any) -> tuple[Tensor, Heard, Any]: ...
+    def cancel(self, spectra: Tensor, state: Any) -> tuple[Tensor, Heard, Any]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,29 +66,48 @@ def facts_of(heard: Heard, config: EchoConfig) -> Facts:
 
 
 class EchoCore:
-    """Samples of M microphones and R references at the network's rate in, as many near-end samples out, a frame later.
+    """Samples of M microphones and R references in, as many near-end samples out, a window later.
 
     Args:
         net: at rest (``eval``).
         mics: M.
         references: R, 1 or M.
         on_facts: is told what is found, as it is found; the last frame lies behind the end of the signal.
+        rate_hz: of all signals, the network's by default; a hop must be a whole number of samples (``whole_hop``).
+
+    Raises:
+        ValueError: a rate of which a hop is no whole number of samples.
     """
 
-    def __init__(self, net: Network, mics: int, references: int = 1, on_facts: OnFacts | None = None) -> None:
+    def __init__(
+        self,
+        net: Network,
+        mics: int,
+        references: int = 1,
+        on_facts: OnFacts | None = None,
+        rate_hz: int | None = None,
+    ) -> None:
         self._net, self._mics, self._on_facts = net, mics, on_facts
+        hop = net.config.hop if rate_hz is None else whole_hop(rate_hz, net.config)
+        if hop is None:
+            raise ValueError(
+                f"rate_hz: {rate_hz} given; one from 4000 to 384000 of which {1000 * net.config.hop_s:g} ms are whole "
+                f"samples is wanted: convert to {net.config.sample_rate_hz} Hz"
+            )
+        self._hop = hop
         self._device = next(net.parameters()).device if isinstance(net, nn.Module) else torch.device("cpu")
+        self._own_rate = OwnRate(net.config.bins, hop, mics, self._device)
         with torch.inference_mode():
             self._state = net.initial_state(mics)
         self._pending = np.zeros((mics + references, 0), np.float32)
         self._owed = 0  # samples that went in and are not out
-        self._skip = net.config.hop  # the first hop that comes out lies before the signal
+        self._skip = hop  # the first hop that comes out lies before the signal
 
     def push(self, x: np.ndarray) -> np.ndarray:
         """x (M + R, n), microphones first, to (M, m)."""
         self._owed += x.shape[1]
         pending = np.concatenate([self._pending, x], axis=1) if self._pending.shape[1] else x
-        whole = pending.shape[1] // self._net.config.hop * self._net.config.hop
+        whole = pending.shape[1] // self._hop * self._hop
         self._pending = pending[:, whole:].copy()
         return self._run(pending[:, :whole])
 
@@ -95,13 +115,12 @@ class EchoCore:
         """The rest; all together are as many samples as went in."""
         if not self._owed:
             return np.zeros((self._mics, 0), np.float32)
-        hop = self._net.config.hop
         rest = self._pending.shape[1]
-        self._pending = np.pad(self._pending, ((0, 0), (0, hop + (-rest) % hop)))
+        self._pending = np.pad(self._pending, ((0, 0), (0, self._hop + (-rest) % self._hop)))
         return self._run(self._pending)
 
     def _run(self, x: np.ndarray) -> np.ndarray:
-        step = _HOPS_AT_ONCE.get(self._device.type, 100) * self._net.config.hop
+        step = _HOPS_AT_ONCE.get(self._device.type, 100) * self._hop
         parts = [self._advance(x[:, begin : begin + step]) for begin in range(0, x.shape[1], step)]
         y = np.concatenate(parts, axis=1) if parts else np.zeros((self._mics, 0), np.float32)
         skipped = min(self._skip, y.shape[1])
@@ -114,15 +133,18 @@ class EchoCore:
     def _advance(self, x: np.ndarray) -> np.ndarray:
         both = torch.from_numpy(np.ascontiguousarray(x)).to(self._device)
         mic, reference = both[: self._mics], both[self._mics :].expand(self._mics, -1)
-        near, heard, self._state = self._net.advance(mic, reference, self._state)
+        spectrum, heard, self._state = self._net.cancel(self._own_rate.analyse(mic, reference), self._state)
         if self._on_facts is not None:
             self._on_facts(facts_of(heard, self._net.config))
-        return near.cpu().numpy()
+        return self._own_rate.synthesise(spectrum).cpu().numpy()
 
 
-def resampling_ms(rate_hz: int, core_rate_hz: int) -> float:
-    """What conversion to the core's rate and back adds to the delay of a live stream."""
-    return 1000.0 * round_trip_samples(rate_hz, core_rate_hz) / rate_hz
+def resampling_ms(rate_hz: int, config: EchoConfig) -> float:
+    """What conversion of the rate adds to the delay of a live stream: nothing where a hop is a whole number of samples
+    (every multiple of 100 Hz, with hops of 10 ms), for the network works on the stream's own spectra there."""
+    if whole_hop(rate_hz, config) is not None:
+        return 0.0
+    return 1000.0 * round_trip_samples(rate_hz, config.sample_rate_hz) / rate_hz
 
 
 class EchoSession:
@@ -138,8 +160,9 @@ class EchoSession:
       after that the two run together again.
     - A reference that is more than 10 s ahead is refused.
 
-    A chunk that is refused changes nothing. Rates other than the network's are converted with little delay, both
-    signals alike; the output is in time with the microphone at every rate.
+    A chunk that is refused changes nothing. The output is in time with the microphone at every rate. At multiples of
+    100 Hz (hops of 10 ms are whole samples) nothing is converted: the network hears the spectra of both signals, as
+    far as it knows them. Other rates, as 11,025 and 22,050 Hz, are converted with little delay, both signals alike.
 
     Args:
         net: at rest (``eval``).
@@ -168,8 +191,9 @@ class EchoSession:
             raise ValueError(f"patience_s: {patience_s} given; 0 to below {self.MOST_AHEAD_S:g} s is wanted")
         self._channels, self._rate, self._config = channels, sample_rate_hz, net.config
         self._on_facts = on_facts
-        core = EchoCore(net, channels, 1, self._listen)
-        self._session = LowDelaySession(core, channels + 1, channels, sample_rate_hz, net.config.sample_rate_hz)
+        core_rate_hz = net.config.sample_rate_hz if whole_hop(sample_rate_hz, net.config) is None else sample_rate_hz
+        core = EchoCore(net, channels, 1, self._listen, core_rate_hz)
+        self._session = LowDelaySession(core, channels + 1, channels, sample_rate_hz, core_rate_hz)
         self._patience = round(patience_s * sample_rate_hz)
         self._most_ahead = round(self.MOST_AHEAD_S * sample_rate_hz)
         self._mic = np.zeros((channels, 0), np.float32)
@@ -182,8 +206,8 @@ class EchoSession:
     @property
     def latency_ms(self) -> float:
         """From a sample's arrival to its coming out, with chunks of one hop (10 ms) or of single samples, conversion of
-        the rate included; the time that the processor takes is not in it."""
-        return self._config.latency_ms + resampling_ms(self._rate, self._config.sample_rate_hz)
+        the rate included where there is one; the time that the processor takes is not in it."""
+        return self._config.latency_ms + resampling_ms(self._rate, self._config)
 
     @property
     def waiting_s(self) -> tuple[float, float]:

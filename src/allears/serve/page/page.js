@@ -3,7 +3,7 @@
 import { Panel, energy } from "./plot.js";
 import { Stream } from "./stream.js";
 
-const RATE = 16000; // of the network: other rates would add the delay of their conversion
+const RATE = 16000; // of the network, which knows no more of a sound than that
 const FRAME_S = 0.02, KEPT_S = 30, ACTIVE_DB = -50, ATTENUATION_S = 2;
 const RAW = { echoCancellation: false, noiseSuppression: false, autoGainControl: false, channelCount: 1 };
 
