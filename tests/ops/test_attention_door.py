@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from allears import AttentionSpec, attention, explain
-from allears.ops.attention import Backend, Facts, LowBit, backends
+from allears.ops.attention import Backend, Facts, LowBit, backends, dispatch
 from allears.ops.attention.dense.flash import flash_cpu, flash_cpu_backward
 
 PLAIN = Facts("cuda", (9, 0), torch.bfloat16, 128, False, "none", False, True, False, False, False, False, False, False)
@@ -291,3 +291,11 @@ def test_decisions_are_kept_for_equal_facts_only():
     lookups.append(explain(q, k, v, return_lse=True).kernel)
     lookups.append(explain(q, k[:, :0], v[:, :0]).kernel)
     assert (first, lookups) == ("sdpa-flash", ["sdpa", "sdpa", "sdpa", "sdpa-flash", "reference"])
+
+
+def test_a_trace_leaves_no_decision_behind():
+    q = torch.randn(1, 5, 2, 8)
+    kept = dict(dispatch._decisions)
+    traced = torch.jit.trace(lambda x: attention(x, x, x), (q,), check_trace=False)
+    assert dispatch._decisions == kept
+    torch.testing.assert_close(traced(q), attention(q, q, q))

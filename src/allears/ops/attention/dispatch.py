@@ -117,8 +117,8 @@ def _choose(facts: Facts, spec: AttentionSpec) -> Backend:
 
 
 def _resolve(facts: Facts, spec: AttentionSpec) -> Backend:
-    """:func:`_choose`, once for each (spec, facts)."""
-    if torch.compiler.is_compiling():
+    """:func:`_choose`, once for each (spec, facts); under a tracer sizes are tensors, equal to none, and not kept."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _choose(facts, spec)
     backend = _decisions.get((spec, facts))
     if backend is None:
