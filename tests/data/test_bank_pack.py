@@ -5,7 +5,7 @@ import pytest
 import soundfile as sf
 
 from allears.core.errors import CorpusError
-from allears.data.bank import AudioBank, pack_folders
+from allears.data.bank import AudioBank, load_bank, pack_folders
 from allears.data.corpus import Item, write_manifest
 from allears.data.pack import choose_evenly, opus_compression_level, pack
 from allears.data.verify import verify
@@ -70,6 +70,14 @@ def test_bank_holds_the_samples_of_the_corpus(tmp_path):
     assert bank.index_of("p:3") == 3
     with pytest.raises(CorpusError, match="'p:9'"):
         bank.index_of("p:9")
+
+
+def test_a_bank_without_items_is_told(tmp_path, caplog):
+    make_corpus(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert len(load_bank([str(tmp_path)], ("speech",), ("train",))) and not caplog.records
+        assert not len(load_bank([str(tmp_path)], ("babble",), ("val",)))
+    assert "no item of kind babble in split val" in caplog.text
 
 
 def test_crop_is_zero_outside_the_item(tmp_path):

@@ -1,5 +1,6 @@
 """All audio of a selection in memory: one flat int16 array, and where each item lies in it."""
 
+import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ import soundfile as sf
 from allears.core.errors import CorpusError
 from allears.data.corpus import KINDS, Item, item_from_dict, read_jsonl, read_manifest
 from allears.data.decode import SAMPLE_RATE_HZ
+
+log = logging.getLogger(__name__)
 
 SOUND_KINDS = tuple(kind for kind in KINDS if kind not in ("rir", "hrtf"))
 NOISE_KINDS = ("noise", "event", "music", "babble")
@@ -200,7 +203,14 @@ def _read_all(jobs: list[tuple[Path, slice]], audio: np.ndarray, workers: int | 
 
 
 def load_bank(folders: list[str], kinds: tuple[str, ...], splits: tuple[str, ...]) -> AudioBank:
-    """Items of prepared corpora or packs (see ``allears data``), in memory."""
+    """Items of prepared corpora or packs (see ``allears data``), in memory. A warning tells if there are none:
+    without recorded noises a training goes on with made ones.
+    """
     if all((Path(folder) / "manifest.jsonl").is_file() for folder in folders) and len(folders) == 1:
-        return AudioBank.from_corpus(folders[0], kinds=kinds, splits=splits)
-    return AudioBank.from_pack(folders, kinds=kinds, splits=splits)
+        bank = AudioBank.from_corpus(folders[0], kinds=kinds, splits=splits)
+    else:
+        bank = AudioBank.from_pack(folders, kinds=kinds, splits=splits)
+    if not len(bank):
+        wanted, among = ", ".join(kinds), ", ".join(splits)
+        log.warning("folders: %s hold no item of kind %s in split %s; is a pack missing?", folders, wanted, among)
+    return bank
