@@ -22,12 +22,12 @@ from allears.ops.attention import AttentionSpec, attention
 from allears.ops.attention.sparse_linear import SparseLinear, Statistics, fused_statistics, sparse_linear_attention
 from allears.ops.attention.sparse_linear.blocks import Blocks, Geometry
 from allears.ops.attention.sparse_linear.routers import (
-    block_scores,
     pool_blocks,
     pools,
     select_top_k,
     sla_blocks,
 )
+from allears.ops.attention.sparse_linear.scores import projected_scores
 from allears.ops.attention.sparse_linear.soft_reference import soft_map, soft_sparse_linear
 
 Stage = Literal["soft", "hard"]
@@ -50,12 +50,11 @@ class BlockRouter(nn.Module):
         self.proj_q = nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1))
         self.proj_k = nn.Parameter(torch.eye(head_dim).repeat(kv_heads or heads, 1, 1))
 
-    def forward(self, q_pool: Tensor, k_pool: Tensor, scale: float) -> Tensor:
-        """q_pool (B, H, N_q, D), k_pool (B, G, N_k, D) of smoothed keys, to logits (B, H, N_q, N_k) in float32."""
+    def forward(self, q_pool: Tensor, k_pool: Tensor, scale: float, k_mean: Tensor | None = None) -> Tensor:
+        """q_pool (B, H, N_q, D), k_pool (B, G, N_k, D) of smoothed keys, or of keys beside their mean k_mean (B, G, D),
+        to logits (B, H, N_q, N_k) in float32."""
         with torch.autocast(q_pool.device.type, enabled=False):
-            q = q_pool.float() @ self.proj_q.float()
-            k = k_pool.float() @ self.proj_k.float()
-            return block_scores(q, k, scale)
+            return projected_scores(q_pool, k_pool, k_mean, self.proj_q.float(), self.proj_k.float(), scale)
 
 
 class MixingRatio(nn.Module):
@@ -212,12 +211,12 @@ class SparseLinearAttention(nn.Module):
     def scores(self, q: Tensor, k: Tensor, statistics: Statistics | None = None) -> Tensor:
         """The router's logits (B, H, N_q, N_k) in float32; without a router those of the pooled q and k."""
         if statistics is None:
-            q_pool, k_pool = pools(q, k, self.options, causal=self.causal)
+            (q_pool, k_pool), k_mean = pools(q, k, self.options, causal=self.causal), None
         else:
-            q_pool, k_pool = statistics.q_pool, statistics.k_pool - statistics.k_mean[:, :, None]
+            q_pool, k_pool, k_mean = statistics.q_pool, statistics.k_pool, statistics.k_mean
         if self.router is None:
-            return block_scores(q_pool, k_pool, self.scale)
-        return self.router(q_pool, k_pool, self.scale)
+            return projected_scores(q_pool, k_pool, k_mean, None, None, self.scale)
+        return self.router(q_pool, k_pool, self.scale, k_mean)
 
     @torch.no_grad()
     def mass(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 _SHARED_LIMIT_ATTRIBUTE = 8
+_EARLY_ATTRIBUTE = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MAP_TYPES = dict.fromkeys((torch.uint8, torch.int8, torch.float8_e4m3fn), 0) | {
     torch.float16: 6,
     torch.float32: 7,
@@ -161,6 +162,31 @@ def _launch() -> Callable[..., int]:
     return call
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute: a kind, four bytes of nothing, and a union of 64 bytes."""
+
+    _fields_ = (("kind", c_int), ("pad", c_int), ("value", c_int), ("rest", c_int * 15))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((f"{what}_{axis}", c_uint) for what in ("grid", "block") for axis in "xyz"),
+        ("shared_bytes", c_uint),
+        ("stream", c_void_p),
+        ("attributes", c_void_p),
+        ("number", c_uint),
+    )
+
+
+@cache
+def _launch_ex() -> Callable[..., int]:
+    call = _driver().cuLaunchKernelEx
+    call.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
+    return call
+
+
 class Kernel:
     """A compiled kernel on one device.
 
@@ -189,15 +215,35 @@ class Kernel:
         """Launch on the current stream."""
         self.bind(threads, *arguments)(*grid)
 
-    def bind(self, threads: int, *arguments: ctypes._SimpleCData | ctypes.Structure) -> Callable[[int, int, int], None]:
+    def bind(
+        self, threads: int, *arguments: ctypes._SimpleCData | ctypes.Structure, early: bool = False
+    ) -> Callable[[int, int, int], None]:
         """A function of the grid that launches on the stream that is current now, with the arguments as they are when
         it is called: for many launches in a row.
+
+        Args:
+            early: the kernel may begin before the one before it in the stream has ended, and waits for that end itself
+                (``griddepcontrol.wait``) before it touches memory. Compute capability 9.0 on.
         """
         pointers = (c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         device = torch.cuda.current_device()
         stream = torch.cuda.current_stream(device).cuda_stream
         _enter(device)
         function, shared_bytes, call = self._function, self.shared_bytes, _launch()
+        if early:
+            attribute = _LaunchAttribute(_EARLY_ATTRIBUTE, 0, 1)
+            config = _LaunchConfig(1, 1, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(attribute), 1)
+            kept = (attribute, config)  # by the function, as the driver reads them
+            at, launch_ex = byref(config), _launch_ex()
+
+            def launch_early(x: int, y: int, z: int) -> None:
+                config.grid_x, config.grid_y, config.grid_z = x, y, z
+                status = launch_ex(at, function, pointers, None)
+                if status:
+                    _check(status, "launch")
+
+            launch_early.kept = kept  # pyrefly: ignore
+            return launch_early
 
         def launch(x: int, y: int, z: int) -> None:
             status = call(function, x, y, z, threads, 1, 1, shared_bytes, stream, pointers, None)

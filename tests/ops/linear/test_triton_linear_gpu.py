@@ -84,12 +84,16 @@ def test_compiles_whole_for_any_length(causal):
         assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
 
 
-def test_no_kernel_is_compiled_again_for_a_length():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_kernel_is_compiled_again_for_a_length(dtype):
     from allears.ops.attention.linear.triton_fwd import output_kernel, states_kernel
+    from allears.ops.attention.linear.triton_groups import group_output_kernel, group_states_kernel
+
+    kernels = states_kernel, output_kernel, group_states_kernel, group_output_kernel
 
     def run(rows):
-        call(linear_attention_triton, problem(rows, rows, 8, 64, taps=5, dtype=torch.bfloat16), LinearOptions())
-        return [len(cache[0]) for kernel in (states_kernel, output_kernel) for cache in kernel.device_caches.values()]
+        call(linear_attention_triton, problem(rows, rows, 8, 64, taps=5, dtype=dtype), LinearOptions())
+        return [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
 
     first = run(1000)
     assert sum(first) > 0

@@ -8,7 +8,8 @@ import pytest
 
 from allears.ops import nvrtc
 from allears.ops.aot import _read_cubin
-from allears.ops.attention.lowbit.hopper import host
+from allears.ops.attention.lowbit.hopper import host, launches
+from allears.ops.attention.lowbit.hopper.launches import BackwardLaunch, ForwardLaunch
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +35,11 @@ def opcodes(code):
     return Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass, flags=re.MULTILINE))
 
 
-def check_log(log, functions):
+def check_log(log, functions, spilled_bytes=100):
     for function in functions:
         assert f"Compiling entry function '{function}' for 'sm_90a'" in log
     assert not waits_of_the_compiler(log)
+    assert all(int(n) <= spilled_bytes for n in re.findall(r"(\d+) bytes spill stores", log)), log
 
 
 def waits_of_the_compiler(log):
@@ -45,22 +47,37 @@ def waits_of_the_compiler(log):
     return [line for line in log.splitlines() if "instructions are serialized" in line or "is injected" in line]
 
 
-# 128 keys a tile: a product of 32 terms is an instruction, for Q K^T and, over the keys, for P V.
+# 128 keys a tile: a product of 32 terms is an instruction, for Q K^T (two with split_s) and, over the keys, for P V.
 @pytest.mark.parametrize(
-    ("defines", "wanted"),
+    ("defines", "launch", "wanted"),
     [
         (
             {"HEAD_DIM": 128, "CAUSAL": 0, "PV_INT8": 0, "IN_FP16": 0, "SAVE_Q": 0},
+            launches.FORWARD["fp8", 128],
             {"IGMMA": 4, "QGMMA": 4},
         ),
-        ({"HEAD_DIM": 64, "CAUSAL": 1, "PV_INT8": 0, "IN_FP16": 1, "SAVE_Q": 0}, {"IGMMA": 2, "QGMMA": 4}),
-        ({"HEAD_DIM": 128, "CAUSAL": 1, "PV_INT8": 1, "IN_FP16": 0, "SAVE_Q": 1}, {"IGMMA": 8}),
+        (
+            {"HEAD_DIM": 64, "CAUSAL": 1, "PV_INT8": 0, "IN_FP16": 1, "SAVE_Q": 0},
+            ForwardLaunch(split_s=True, skip=True, q_ahead=True, lazy_max=True),
+            {"IGMMA": 4, "QGMMA": 4},
+        ),
+        (
+            {"HEAD_DIM": 64, "CAUSAL": 1, "PV_INT8": 1, "IN_FP16": 0, "SAVE_Q": 1},
+            ForwardLaunch(split_s=True, skip=True, q_ahead=True, p_unsigned=True),
+            {"IGMMA": 8, "IDP": 16},
+        ),
+        (
+            {"HEAD_DIM": 128, "CAUSAL": 1, "PV_INT8": 1, "IN_FP16": 0, "SAVE_Q": 1},
+            ForwardLaunch(p_unsigned=True),
+            {"IGMMA": 8, "IDP": 16},
+        ),
     ],
 )
-def test_forward_multiplies_in_8_bits(defines, wanted, caplog):
+def test_forward_multiplies_in_8_bits(defines, launch, wanted, caplog):
     pytest.importorskip("triton", reason="its disassembler is used: pip install 'allears[gpu]'")
-    code, log = build("forward.cu", caplog, **defines)
-    check_log(log, ["attention_forward"])
+    code, log = build("forward.cu", caplog, **defines, **launch.defines)
+    # Without a division in the 32 registers of the warps that quantise Q ahead, nothing spills.
+    check_log(log, ["attention_forward"], spilled_bytes=80 if launch.q_ahead else 24)
     counts = opcodes(code)
     assert all(counts[name] >= least for name, least in wanted.items()), counts
     assert not counts["HGMMA"] and not counts["HMMA"] and bool(counts["QGMMA"]) == ("QGMMA" in wanted)
@@ -68,20 +85,55 @@ def test_forward_multiplies_in_8_bits(defines, wanted, caplog):
 
 def test_serialised_products_are_seen(caplog):
     defines = {"HEAD_DIM": 64, "CAUSAL": 0, "PV_INT8": 0, "IN_FP16": 0, "SAVE_Q": 0}
+    defines |= ForwardLaunch().defines
     called = ("DEVICE void mma_commit()", "__device__ __noinline__ void mma_commit()")
     _, log = build("forward.cu", caplog, called, **defines)
     assert waits_of_the_compiler(log)
 
 
 # Of the backward's five products, three are in INT8: 4 + 4 + 4 instructions of 32 terms at D = 128, 2 + 2 + 2 at 64;
-# two are in 16 bits: dO V^T over D and dQ over 128 keys, 16 terms each.
-@pytest.mark.parametrize(("size", "causal", "integer", "half"), [(128, 1, 12, 16), (64, 0, 6, 12)])
-def test_backward_multiplies_in_8_and_16_bits(size, causal, integer, half, caplog):
+# two are in 16 bits: dO V^T over D, and dQ over the keys of the block, 16 terms each.
+@pytest.mark.parametrize(
+    ("size", "causal", "launch", "integer", "half"),
+    [
+        (128, 1, BackwardLaunch(late=True, p_unsigned=True), 12, 16),
+        (64, 0, BackwardLaunch(), 6, 12),
+        (64, 1, BackwardLaunch(groups=3, late=True, turns=True, p_unsigned=True), 6, 16),
+    ],
+)
+def test_backward_multiplies_in_8_and_16_bits(size, causal, launch, integer, half, caplog):
     pytest.importorskip("triton", reason="its disassembler is used: pip install 'allears[gpu]'")
-    code, log = build("backward.cu", caplog, HEAD_DIM=size, CAUSAL=causal, IN_FP16=0)
-    check_log(log, ["attention_backward"])
+    code, log = build("backward.cu", caplog, HEAD_DIM=size, CAUSAL=causal, IN_FP16=0, **launch.defines)
+    check_log(log, ["attention_backward"], spilled_bytes=96 if launch.groups == 3 else 32)
     counts = opcodes(code)
     assert counts["IGMMA"] >= integer and counts["HGMMA"] >= half and not counts["HMMA"], counts
+
+
+@pytest.mark.parametrize(
+    ("size", "launch", "kibibytes"),
+    [
+        (64, BackwardLaunch(), 115),  # K 40, dS 16, dQ 16, two stages of 21, 1 to align
+        (64, BackwardLaunch(groups=3, late=True, turns=True), 199),  # K 60, dS 48, dQ 48
+        (64, BackwardLaunch(groups=3, late=True, turns=True, stages=3), 220),
+        (128, BackwardLaunch(), 211),
+        (128, BackwardLaunch(late=True), 227 - 80 / 1024),  # all there is, beside 80 bytes of barriers
+    ],
+)
+def test_shared_memory_of_the_backward(size, launch, kibibytes):
+    assert launch.shared_bytes(size) == kibibytes * 1024
+
+
+def test_launches_that_there_are_fit():
+    """The table knows both head sizes, and asks only for what the kernels can do."""
+    assert set(launches.FORWARD) == {(pv, size) for pv in ("fp8", "int8") for size in (64, 128)}
+    assert set(launches.BACKWARD) == {64, 128}
+    assert not any(launch.split_s for (_, size), launch in launches.FORWARD.items() if size == 128)
+    for (pv, _), launch in launches.FORWARD.items():
+        assert not (launch.lazy_max and pv == "int8") and not (launch.p_unsigned and pv == "fp8")
+    for size, launch in launches.BACKWARD.items():
+        assert launch.late or not launch.turns
+        assert launch.turns or launch.groups == 2
+        assert size == 64 or not launch.turns
 
 
 @pytest.mark.parametrize(

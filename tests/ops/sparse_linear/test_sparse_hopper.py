@@ -3,8 +3,11 @@
 Shapes: B batch, L_q queries, L_k keys, H query heads, G key heads, D = 128, N_q and N_k blocks.
 """
 
+import ctypes
+import gc
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,10 +50,10 @@ def test_kernels_compile_and_multiply_in_8_bits(file, functions, half, caplog, m
     pytest.importorskip("triton", reason="its disassembler is used: pip install 'allears[gpu]'")
     monkeypatch.setenv("ALLEARS_CACHE", str(tmp_path))
     source, headers = lowbit_host.sources(host.FOLDER)[file], lowbit_host.headers(host.FOLDER)
-    defines = {"HEAD_DIM": 128, "IN_FP16": half}
+    defines = {"HEAD_DIM": 128, "IN_FP16": half, "L2_HINTS": half}
     with caplog.at_level(logging.INFO, logger="allears.ops.nvrtc"):
         code = nvrtc.compile_cubin(source, file, headers, defines, flags=["--ptxas-options=-v"])
-    check_log(caplog.text, functions)
+    check_log(caplog.text, functions, spilled_bytes=32)
     if file == "forward.cu":
         counts = opcodes(code)
         # Q K^T of a block: four products of 32 channels, at two places; P V and h: two each of 32 keys
@@ -149,6 +152,23 @@ def test_strides_are_honoured_and_heads_taken_in_turns_change_nothing():
 
 @on_hopper
 @pytest.mark.gpu
+def test_kernels_that_begin_early_and_hints_to_the_cache_change_nothing(monkeypatch):
+    """Many turns over one scratch, again and again: a kernel that did not wait would read or write another turn's."""
+    q, k, v, picked, ratio = make(1, 3000, 5000, 8, 8)
+    blocks = blocks_from_map(map_of(picked, 0.1))
+    found = block_statistics(q, k, v, True)
+    args = (blocks.rows, blocks.count, ratio.contiguous(), found.k_mean, found.v_max, 128**-0.5)
+    monkeypatch.setattr(host, "EARLY", False)
+    wanted, _ = host.attend(q, k, v, *args, scratch_fraction=0.001)
+    monkeypatch.setattr(host, "EARLY", True)
+    for hints in (False, True):
+        monkeypatch.setattr(host, "L2_HINTS", hints)
+        made = [host.attend(q, k, v, *args, scratch_fraction=0.001)[0] for _ in range(10)]
+        assert all(torch.equal(x, wanted) for x in made)
+
+
+@on_hopper
+@pytest.mark.gpu
 def test_statistics_are_those_of_the_routers():
     q, k, v, *_ = make(2, 1000, 1300, 4, 2)
     found = block_statistics(q, k, v, True)
@@ -213,3 +233,36 @@ def test_it_compiles_whole_and_goes_into_a_graph():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, wanted)
+
+
+def test_a_launch_that_may_begin_early_tells_the_driver_so(monkeypatch):
+    """Grid, block, stream, arguments and the attribute, as a driver in C would read them."""
+    seen = []
+
+    def driver(config, function, arguments, extra):
+        found = nvrtc._LaunchConfig.from_address(config)
+        attribute = nvrtc._LaunchAttribute.from_address(found.attributes)
+        first = ctypes.cast(arguments, ctypes.POINTER(ctypes.POINTER(ctypes.c_int)))[0][0]
+        shape = [getattr(found, f"{what}_{axis}") for what in ("grid", "block") for axis in "xyz"]
+        seen.append((shape, found.shared_bytes, found.stream, found.number, attribute.kind, attribute.value, first))
+        return 0
+
+    launch = ctypes.CFUNCTYPE(ctypes.c_int, *(ctypes.c_void_p,) * 4)(driver)
+    monkeypatch.setattr(nvrtc, "_launch_ex", lambda: launch)
+    monkeypatch.setattr(nvrtc, "_launch", lambda: None)
+    monkeypatch.setattr(nvrtc, "_enter", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
+    kernel = object.__new__(nvrtc.Kernel)
+    kernel.shared_bytes, kernel._function = 1000, ctypes.c_void_p(5)
+    argument = ctypes.c_int(41)
+    run = kernel.bind(96, argument, early=True)
+    gc.collect()
+    run(2, 3, 4)
+    argument.value = 42
+    run(5, 1, 1)
+    assert seen == [
+        ([2, 3, 4, 96, 1, 1], 1000, 77, 1, 6, 1, 41),
+        ([5, 1, 1, 96, 1, 1], 1000, 77, 1, 6, 1, 42),
+    ]
+    assert ctypes.sizeof(nvrtc._LaunchAttribute) == 72 and nvrtc._LaunchConfig.stream.offset == 32

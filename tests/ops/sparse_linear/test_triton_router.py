@@ -8,7 +8,7 @@ from tests.ops.sparse_linear.triton_calls import DEVICE, offsets
 
 from allears.ops.attention.sparse_linear import routers
 from allears.ops.attention.sparse_linear.blocks import Geometry, check_blocks
-from allears.ops.attention.sparse_linear.ops import sparse_linear_route
+from allears.ops.attention.sparse_linear.ops import sparse_linear_classes, sparse_linear_route
 from allears.ops.attention.sparse_linear.triton_router import route_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -21,6 +21,10 @@ def select_top_k(scores, keep, geometry):
 
 def select_mass(scores, mass, geometry):
     return routers.select_mass(scores.double(), mass, geometry=geometry)
+
+
+def sla_blocks(scores, keep, skip, geometry):
+    return routers.sla_blocks(scores.double(), keep, skip, geometry=geometry)
 
 
 def scores_of(geometry, entries=1, heads=2, seed=0):
@@ -93,6 +97,18 @@ def test_equal_infinite_and_missing_scores():
     )
 
 
+@pytest.mark.parametrize(("queries", "keys", "causal"), [(300, 2000, False), (700, 500, True), (65, 64, True)])
+@pytest.mark.parametrize(("keep", "skip"), [(0.1, 0.1), (0.05, 0.0), (0.6, 0.7), (1.0, 0.3)])
+def test_three_classes_without_a_sort(queries, keys, causal, keep, skip):
+    geometry = Geometry(queries, keys, 128, 64, causal)
+    scores = scores_of(geometry, seed=queries)
+    scores[..., ::3] = scores[..., :1].clone()  # ties at every rank
+    got, wanted = route(scores, geometry, keep=keep, skip=skip), sla_blocks(scores, keep, skip, geometry=geometry)
+    same(got, wanted)
+    assert got.linear.dtype == torch.bool and torch.equal(got.linear, wanted.linear)
+    check_blocks(got, geometry)
+
+
 def test_counts_follow_the_share_where_float32_would_not():
     for n_k, keep in ((30, 0.1), (20, 0.05), (3000, 0.29), (1000, 0.007), (100, 0.57)):
         geometry = Geometry(64, 64 * n_k, 64, 64)
@@ -115,6 +131,8 @@ def test_refusals_name_the_argument_and_operators_agree_with_their_fakes():
     for keep, mass in ((0.2, None), (None, 0.5)):
         arguments = (scores, keep, mass, 64, 64, 100, 300, True, None, None)
         torch.library.opcheck(sparse_linear_route, arguments, test_utils=("test_schema", "test_faketensor"))
+    arguments = (scores, 0.2, 0.1, 64, 64, 100, 300, True)
+    torch.library.opcheck(sparse_linear_classes, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu

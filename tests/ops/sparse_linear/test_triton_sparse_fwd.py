@@ -17,6 +17,7 @@ from allears.ops.attention.sparse_linear.options import SparseLinear
 from allears.ops.attention.sparse_linear.reference import sparse_linear_reference
 from allears.ops.attention.sparse_linear.routers import pooled_scores, select_top_k, sla_blocks
 from allears.ops.attention.sparse_linear.triton_host import forward_launch, sparse_linear_forward_triton
+from allears.ops.attention.sparse_linear.triton_run import sparse_linear_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -148,6 +149,25 @@ def test_lists_of_three_classes():
     assert int(blocks.linear.sum()) < int((~map_from_blocks(blocks, geometry.n_k)).sum())
     made = sparse_linear_forward_triton(q, k, v, blocks, None, options)
     check(made, wanted_of(q, k, v, blocks, None, options), 2e-3)
+
+
+@pytest.mark.parametrize("size", [16, 24])
+def test_the_projection_of_sla_is_added_by_the_kernel_where_no_gradient_is_asked_for(size):
+    """A query block without linear blocks gets no bias either."""
+    q, k, v = operands(100, 300, 2, 1, size)
+    options = SparseLinear(form="sla", block_q=64)
+    map = random_map(Geometry.of(q, k, options, False), 1, 2, 0.4)
+    map[:, 1, 0] = True
+    blocks = blocks_from_map(map)
+    proj = (torch.randn(size, size, device=DEVICE), torch.randn(size, device=DEVICE))
+    for given in (proj, (proj[0], None)):
+        wanted, _ = sparse_linear_reference(q, k, v, blocks, None, options, proj=given)
+        got, lse = sparse_linear_triton(q, k, v, blocks, None, options, proj=given)
+        assert rel(got, wanted) < 2e-3
+        learned = (given[0].requires_grad_(), given[1])
+        apart, wanted_lse = sparse_linear_triton(q, k, v, blocks, None, options, proj=learned)
+        assert apart.requires_grad and rel(got, apart.detach()) < 2e-3 and torch.equal(lse, wanted_lse)
+        given[0].requires_grad_(False)
 
 
 @pytest.mark.parametrize("form", ["sla2", "sla", "sparse"])

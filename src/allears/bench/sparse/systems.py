@@ -18,6 +18,7 @@ from allears.bench.sparse.formula import Formula
 from allears.bench.sparse.peers import load_sagesla, load_sla
 from allears.nn.sparse_linear_attention import SparseLinearAttention
 from allears.ops.attention.sparse_linear import SparseLinear, explain_sparse_linear
+from allears.turbo.graphs import Replayed
 
 SPARSE = (0.015, 0.04)  # bounds on the relative error of the output, and of each gradient, for 16-bit products
 SAGESLA = (0.1, None)  # wider than INT8's: it has one scale for 64 queries, where ours has one for each
@@ -31,6 +32,7 @@ class Prepared:
     Args:
         attend: q, k, v (B, L, H, D) to (B, L, H, D); the fourth argument is not read.
         formula: what it computes for a q and k. ``None``: dense attention.
+        replays: its memory is held between calls, so that a call's is not told.
         heads_first: its own layout is (B, H, L, D): it is timed on tensors that lie so in memory, and no transposition
             is counted against it.
     """
@@ -38,28 +40,38 @@ class Prepared:
     attend: Attend
     formula: Callable[[Tensor, Tensor], Formula] | None = None
     heads_first: bool = False
+    replays: bool = False
 
 
 Make = Callable[[SparseCase], Prepared]
 
 
 class Ours:
-    """Modules of this library, of one kind of options. On a GPU the reference, not made for speed, is refused."""
+    """Modules of this library, of one kind of options. On a GPU the reference, not made for speed, is refused.
 
-    def __init__(self, options: SparseLinear, device: torch.device) -> None:
-        self.options, self.device = options, device
+    Args:
+        graph: forwards are replayed as CUDA graphs, one for each q, k and v.
+    """
+
+    def __init__(self, options: SparseLinear, device: torch.device, graph: bool = False) -> None:
+        self.options, self.device, self.graph = options, device, graph
         self._kernels: dict[str, str] = {}
 
     def __call__(self, case: SparseCase) -> Prepared:
         module = self.module(case)
         name = case.shape.name
+        graphs: dict[int, Replayed] = {}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
             grad = torch.is_grad_enabled() and q.requires_grad
             call = f"{name} with gradients" if grad else name
             if call not in self._kernels:
                 self._kernels[call] = kernel(module, q, k, v)
-            return module(q, k, v)
+            if not self.graph:
+                return module(q, k, v)
+            if q.data_ptr() not in graphs:
+                graphs[q.data_ptr()] = Replayed(module, q, k, v)
+            return graphs[q.data_ptr()](*graphs[q.data_ptr()].inputs)
 
         def formula(q: Tensor, k: Tensor) -> Formula:
             router, proj = module.router, module.proj
@@ -72,7 +84,7 @@ class Ours:
                 keep=case.keep,
             )
 
-        return Prepared(attend, formula)
+        return Prepared(attend, formula, replays=self.graph)
 
     def module(self, case: SparseCase) -> SparseLinearAttention:
         """A module with projections, ratios and biases that are not those it starts with, alike for equal cases."""
@@ -118,9 +130,12 @@ def kernel(module: SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor) -> st
     return choice.kernel
 
 
-def _ours(options: SparseLinear) -> Callable[[Machine], tuple[Make, str]]:
+def _ours(options: SparseLinear, graph: bool = False) -> Callable[[Machine], tuple[Make, str]]:
     def load_ours(machine: Machine) -> tuple[Make, str]:
-        return Ours(options, machine.device), f"SparseLinearAttention, {options}"
+        if graph and machine.device.type != "cuda":
+            raise UnavailableError(f"CUDA graphs need a CUDA GPU; this is {machine.device}")
+        how = ", replayed as a CUDA graph" if graph else ""
+        return Ours(options, machine.device, graph), f"SparseLinearAttention, {options}{how}"
 
     return load_ours
 
@@ -146,6 +161,7 @@ def _peer(load: Callable[[Machine], tuple[Callable[[SparseCase], tuple[Attend, C
 SYSTEMS: tuple[System[Make], ...] = (
     System("allears-sla2", _ours(SparseLinear()), True, SPARSE),
     System("allears-sla2-int8fp8", _ours(SparseLinear(precision="int8_fp8")), True, INT8),
+    System("allears-sla2-int8fp8-graph", _ours(SparseLinear(precision="int8_fp8"), True), False, INT8),
     System("allears-sla", _ours(SparseLinear(form="sla")), True, SPARSE),
     _dense("fa2"),
     _dense("cudnn"),

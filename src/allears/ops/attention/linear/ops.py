@@ -23,6 +23,13 @@ def _call(kind: str, power: int, norm: str, eps: float, cu: Tensor | None, lengt
     return Call(kind, power, norm, eps, cu, lengths)
 
 
+def of_heads(q: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Weight (D, K) or (H, D, K) and bias (D,) or (H, D) in float32, (H, D, K) and (H, D), contiguous."""
+    heads, size = q.shape[2:]
+    weight = None if weight is None else weight.float().expand(heads, size, -1).contiguous()
+    return weight, None if bias is None else bias.float().expand(heads, size).contiguous()
+
+
 def _or_empty(x: Tensor, *given: Tensor | None) -> tuple[Tensor, ...]:
     """An operator returns tensors: (0,) for what is None."""
     return tuple(x.new_empty(0, dtype=torch.float32) if one is None else one for one in given)
@@ -39,8 +46,7 @@ def _parameters_fake(
     return _or_empty(q, *(None if x is None else _like(x) for x in (scale, conv_weight)), bias)
 
 
-@torch.library.custom_op("allears::linear_attention_triton", mutates_args=())
-def linear_triton(
+def linear_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -54,13 +60,13 @@ def linear_triton(
     norm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention over both directions, differentiable in its first result.
+    """Attention over both directions. As the operator ``linear_triton`` it is differentiable in its first result.
 
     Args:
         q: (B, L_q, H, D), float16, bfloat16 or float32, any strides, D up to 128; packed (1, T, H, D).
         k, v: (B, L_k, H, D).
         scale: float32 (H, D), positive, or None.
-        conv_weight, conv_bias: float32 (H, D, K) and (H, D), or None.
+        conv_weight, conv_bias: float32 (H, D, K) and (H, D), or None; without gradients also (D, K) and (D,).
         cu_seqlens: (S + 1,) of packed sequences.
         lengths: (B,), how many keys exist.
         kind, power, norm, eps: fields of ``LinearOptions``.
@@ -68,11 +74,17 @@ def linear_triton(
     Returns:
         Output like q; then mean phi(k)^T v (E, H, W, W) in the dtype of q, and mean phi(k) (E, H, W) in float32.
     """
-    from allears.ops.attention.linear import triton_host
+    from allears.ops.attention.linear import triton_groups_host, triton_host
 
     call = _call(kind, power, norm, eps, cu_seqlens, lengths)
     with torch.cuda.device_of(q):
-        return triton_host.linear_forward(q, k, v, scale, conv_weight, conv_bias, call)
+        if triton_groups_host.takes(q, k, v, call):
+            return triton_groups_host.group_forward(q, k, v, scale, conv_weight, conv_bias, call)
+        weight, bias = of_heads(q, conv_weight, conv_bias)
+        return triton_host.linear_forward(q, k, v, scale, weight, bias, call)
+
+
+linear_triton = torch.library.custom_op("allears::linear_attention_triton", linear_forward, mutates_args=())
 
 
 @linear_triton.register_fake

@@ -363,7 +363,7 @@ _POINTERS = dict.fromkeys(("q", "k", "v", "x", "y", "out", "d_out", "d_q", "d_k"
 _POINTERS |= {"cu": "*i32", "lengths": "*i32", "past": "*i64"}
 _NUMBERS = {"L": "i32", "L_q": "i32", "L_k": "i32", "P": "i32", "TOTAL": "i32", "eps": "fp32"}
 _OPTIONAL = ("cu", "lengths", "scale", "norms", "q_norms", "k_norms", "dots", "weight", "shift", "past", "conv", "bias")
-_OPTIONAL += ("d_scale", "d_conv", "initial")
+_OPTIONAL += ("d_scale", "d_conv", "initial", "inverse")
 _BF16 = r"mma\.sync\S*\.bf16"
 MATRIX = {80: (_BF16,), 90: (rf"{_BF16}|wgmma\S*\.bf16",), 120: (_BF16,)}
 MATRIX[100] = (rf"{_BF16}|tcgen05\.mma\S*kind::f16",)
@@ -395,7 +395,7 @@ def aot_case(
         kernel=kernel,
         signature=signature,
         constexprs=fixed,
-        instructions={chip: MATRIX[chip] if "NORM" in kernel.arg_names else () for chip in chips},
+        instructions={chip: MATRIX[chip] if {"NORM", "JOINT"} & {*kernel.arg_names} else () for chip in chips},
         num_warps=launch[0],
         num_stages=launch[1],
         aligned=tuple(name for name, kind in signature.items() if kind.startswith("*") or "stride" in name),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from allears.ops.attention.linear.conv import convolve_values
-from allears.ops.attention.linear.ops import causal_triton, linear_triton
+from allears.ops.attention.linear.ops import causal_triton, linear_forward, linear_triton, of_heads
 from allears.ops.attention.linear.options import LinearOptions
 from allears.ops.attention.linear.state import LinearState
 
@@ -41,9 +41,11 @@ def linear_attention_triton(
         q, k, v = q[None], k[None], v[None]
     heads, size = q.shape[2:]
     scale = None if scale is None else scale.float().contiguous()
-    weight = None if conv_weight is None else conv_weight.float().expand(heads, size, -1).contiguous()
-    bias = None if conv_bias is None else conv_bias.float().expand(heads, size).contiguous()
     maps = (options.feature_map, options.power, options.norm, options.eps)
+    if not causal and _plain(q, k, v, scale, conv_weight, conv_bias):
+        out = linear_forward(q, k, v, scale, conv_weight, conv_bias, cu_seqlens, lengths, *maps)[0]
+        return out[0] if packed else out, None
+    weight, bias = of_heads(q, conv_weight, conv_bias)
     if not causal:
         out = linear_triton(q, k, v, scale, weight, bias, cu_seqlens, lengths, *maps)[0]
         return out[0] if packed else out, None
@@ -60,6 +62,15 @@ def linear_attention_triton(
         out = _add_past(out, before, weight, starts, v.shape[1] if cu_seqlens is None else None, cu_seqlens)
     new = LinearState(kv, k_sum, count + (ends - starts), _last_rows(v, before, starts, ends))
     return out[0] if packed else out, new
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing but this call sees its tensors, so that the way through torch's dispatcher can be left out."""
+    if torch.compiler.is_compiling():
+        return False
+    given = [x for x in tensors if x is not None]
+    learned = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return not learned and all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
 
 
 def _bounds(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

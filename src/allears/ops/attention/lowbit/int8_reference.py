@@ -22,11 +22,12 @@ from allears.ops.attention.lowbit.online_softmax import LOG2_E, merge_heads, onl
 from allears.ops.attention.lowbit.options import LowBit
 from allears.ops.attention.lowbit.quantise import (
     E4M3_TOP,
+    INT8_TOP,
     KEY_BLOCK,
     quantise_e4m3_blocks,
-    quantise_int8,
     quantise_int8_blocks,
     quantise_int8_rows,
+    quantise_weights,
     to_e4m3,
 )
 from allears.ops.attention.lowbit.smooth import (
@@ -111,19 +112,18 @@ def int8_scores(q8: Tensor, q_scale: Tensor, k8: Tensor, k_scale: Tensor, factor
     return scores
 
 
-def int8_product(v8: Tensor, v_scale: Tensor) -> Product:
+def int8_product(v8: Tensor, v_scale: Tensor, p_top: float = INT8_TOP) -> Product:
     """P V of a tile in INT8 (SageBwd, arXiv 2505.11594): P with one scale for each row, V with one for the block.
 
     Args:
         v8: int8 (B, L_k, G, D); v_scale (B, G, M).
+        p_top: the integer of the largest P: 127, or 255 in unsigned bytes.
     """
     values = v8.transpose(1, 2).float()
 
     def product(weights: Tensor, tile: slice) -> Tensor:
-        p8, p_scale = quantise_int8(weights, -1)
-        return (p8.float() @ values[:, :, None, tile]) * (
-            p_scale * v_scale[:, :, None, None, tile.start // KEY_BLOCK, None]
-        )
+        p8, p_scale = quantise_weights(weights, -1, p_top)
+        return (p8 @ values[:, :, None, tile]) * (p_scale * v_scale[:, :, None, None, tile.start // KEY_BLOCK, None])
 
     return product
 

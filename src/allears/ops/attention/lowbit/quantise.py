@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INT8_TOP = 127.0
+UINT8_TOP = 255.0
 E4M3_TOP = 448.0
 SMALLEST_SCALE = 2.0**-126
 KEY_BLOCK = 128  # keys that share a scale of K and of an 8-bit V, and the step of the online softmax
@@ -48,6 +49,20 @@ def quantise_int8(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor
     """INT8 with one scale for all elements along ``dim``: values as ``x``, scales with ``dim`` kept as 1 (float32)."""
     scale = scale_of(x.float().abs().amax(dim=dim, keepdim=True), INT8_TOP)
     return to_int8(x, scale), scale
+
+
+def quantise_weights(weights: Tensor, dim: int | tuple[int, ...], top: float = INT8_TOP) -> tuple[Tensor, Tensor]:
+    """Integers from 0 to ``top`` with one scale for all elements along ``dim``.
+
+    Args:
+        weights: none negative, as probabilities are.
+        top: 127, or 255 for all levels that 8 bits have.
+
+    Returns:
+        The integers in float32 (those up to 255 do not fit INT8), and the scales with ``dim`` kept as 1.
+    """
+    scale = scale_of(weights.float().amax(dim=dim, keepdim=True), top)
+    return scaled(weights, scale).round().clamp(0.0, top), scale
 
 
 def quantise_int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,11 +34,13 @@ from allears.ops.attention.lowbit.online_softmax import (
 )
 from allears.ops.attention.lowbit.options import LowBit
 from allears.ops.attention.lowbit.quantise import (
+    INT8_TOP,
     KEY_BLOCK,
     QUERY_TILE,
     quantise_int8,
     quantise_int8_blocks,
     quantise_int8_rows,
+    quantise_weights,
     rows_of_blocks,
 )
 from allears.ops.attention.lowbit.smooth import key_mean_logits, smooth_keys
@@ -63,7 +65,14 @@ class SageSaved(NamedTuple):
 
 
 def sagebwd_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, options: LowBit | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    options: LowBit | None = None,
+    p_top: float = INT8_TOP,
 ) -> tuple[Tensor, Tensor, SageSaved]:
     """The forward of SageBwd.
 
@@ -73,6 +82,7 @@ def sagebwd_forward(
         causal: query ``i`` sees keys up to ``i + L_k - L_q``.
         scale: factor on the logits; ``None``: ``1 / sqrt(D)``.
         options: ``smooth_k`` and ``grad_scales`` count here.
+        p_top: the integer of a row's largest P: 127, or 255 as Hopper's kernel can have it (``hopper/launches.py``).
 
     Returns:
         Output (B, L_q, H, D) in q's dtype, the natural log-sum-exp of the logits of the given k, float32 (B, H, L_q),
@@ -97,7 +107,7 @@ def sagebwd_forward(
     groups = k.shape[2]
     shape = (q.shape[0], groups, q.shape[2] // groups, q.shape[1], q.shape[3])
     scores = int8_scores(q8, q_scale, k8, k_scale, factor)
-    wide, lse = online_softmax(scores, int8_product(v8, v_scale), shape, k.shape[1], causal, q.device)
+    wide, lse = online_softmax(scores, int8_product(v8, v_scale, p_top), shape, k.shape[1], causal, q.device)
     out, lse = merge_heads(wide).to(q.dtype), lse.flatten(1, 2)
     saved = SageSaved(q8, q_scale, k8, k_scale, v, k_mean, out, lse)
     return out, lse + factor * key_mean_logits(q, k_mean), saved
@@ -111,6 +121,7 @@ def sagebwd_backward(
     causal: bool = False,
     scale: float | None = None,
     options: LowBit | None = None,
+    p_top: float = INT8_TOP,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of SageBwd.
 
@@ -118,6 +129,7 @@ def sagebwd_backward(
         d_out: (B, L_q, H, D), in the dtype of v.
         saved: from :func:`sagebwd_forward`, called with the same ``causal``, ``scale`` and ``options``.
         d_lse: (B, H, L_q), the gradient of the returned log-sum-exp, if it has one.
+        p_top: as in :func:`sagebwd_forward`, for the P of dV.
 
     Returns:
         dQ (B, L_q, H, D), dK and dV (B, L_k, G, D), in the dtype of v; sums in float32.
@@ -166,12 +178,12 @@ def sagebwd_backward(
         d_weights = d_tiles @ v_wide[:, :, None, None, tile].transpose(-1, -2)
         d_logits = weights * (d_weights - row_shift)
         if per_tile:
-            d_v[:, :, tile] = _int8_sum(weights, (-2, -1), do8, do_scale)
-            d_k[:, :, tile] = _int8_sum(d_logits, (-2, -1), q_tiles, q_scale)
+            d_v[:, :, tile] = _int8_sum(*quantise_weights(weights, (-2, -1), p_top), do8, do_scale)
+            d_k[:, :, tile] = _int8_sum(*quantise_int8(d_logits, (-2, -1)), q_tiles, q_scale)
             ds8, ds_scale = quantise_int8(d_logits, (-2, -1))
         else:
-            d_v[:, :, tile] = _int8_sum(weights * do_scale, -2, do8)
-            d_k[:, :, tile] = _int8_sum(d_logits * q_scale, -2, q_tiles)
+            d_v[:, :, tile] = _int8_sum(*quantise_weights(weights * do_scale, -2, p_top), do8)
+            d_k[:, :, tile] = _int8_sum(*quantise_int8(d_logits * q_scale, -2), q_tiles)
             ds8, ds_scale = quantise_int8(d_logits, -1)
         k_scale = saved.k_scale[:, :, None, None, None, tile.start // KEY_BLOCK, None]
         d_q += (ds8.float() @ k_wide[:, :, None, None, tile]) * (ds_scale * k_scale)
@@ -183,9 +195,8 @@ def sagebwd_backward(
     return merge_heads(d_q).to(dtype), (d_k * factor).transpose(1, 2).to(dtype), d_v.transpose(1, 2).to(dtype)
 
 
-def _int8_sum(left: Tensor, dim: int | tuple[int, int], right8: Tensor, right_scale: Tensor | None = None) -> Tensor:
-    """quant(left)^T right summed over R and T: (B, G, R, T, 64, N), (B, G, R, T, 64, D) -> (B, G, N, D)."""
-    left8, scale = quantise_int8(left, dim)
+def _int8_sum(left8: Tensor, scale: Tensor, right8: Tensor, right_scale: Tensor | None = None) -> Tensor:
+    """left^T right summed over R and T: (B, G, R, T, 64, N), (B, G, R, T, 64, D) -> (B, G, N, D)."""
     if right_scale is not None:
         scale = scale * right_scale
     return ((left8.float().transpose(-1, -2) @ right8.float()) * scale.transpose(-1, -2)).sum((2, 3))

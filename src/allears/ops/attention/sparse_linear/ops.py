@@ -5,10 +5,35 @@ Shapes: B batch, E entries (B, or S packed sequences), L_q, L_k rows (packed: T_
 heads, G key heads, D head size, N_q and N_k blocks (of the longest sequence), R width of the row lists.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 LARGEST_ROW = 16_384  # key blocks that a program of the router can hold
+
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """A ``torch.library`` operator of the decorated function, which :func:`at_once` can also call as it is."""
+
+    def made(function: Callable[..., Any]) -> Any:
+        known = torch.library.custom_op(f"allears::{name}", function, mutates_args=())
+        _FUNCTIONS[known] = function
+        return known
+
+    return made
+
+
+def at_once(known: Any, first: Tensor, *more: Any) -> Any:
+    """``known(first, *more)``, an operator without a gradient; where nothing but this call sees it, without the way
+    through torch's dispatcher, which takes some 30 us: more than some of the kernels here."""
+    if type(first) is not Tensor or torch.compiler.is_compiling():
+        return known(first, *more)
+    return _FUNCTIONS[known](first, *more)
 
 
 def _entries(x: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -27,7 +52,7 @@ def list_width(n_k: int, keep: float | None, block_q: int, block_k: int, causal:
     return min(max(int(keep * n_k + 1e-4), diagonal), n_k)
 
 
-@torch.library.custom_op("allears::sparse_linear_pool", mutates_args=())
+@operator("sparse_linear_pool")
 def sparse_linear_pool(x: Tensor, block: int, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
     """Means of blocks of rows, (E, heads, N, D) float32: see ``triton_pool.pool_triton``.
 
@@ -46,7 +71,7 @@ def _pool_fake(x: Tensor, block: int, cu_seqlens: Tensor | None, max_seqlen: int
     return x.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("allears::sparse_linear_pool_keys", mutates_args=())
+@operator("sparse_linear_pool_keys")
 def sparse_linear_pool_keys(
     k: Tensor, block: int, cu_seqlens: Tensor | None, max_seqlen: int | None, centre: bool
 ) -> tuple[Tensor, Tensor]:
@@ -68,7 +93,7 @@ def _pool_keys_fake(
     return pools, pools.new_empty(pools.shape[0], pools.shape[1], pools.shape[3])
 
 
-@torch.library.custom_op("allears::sparse_linear_route", mutates_args=())
+@operator("sparse_linear_route")
 def sparse_linear_route(
     scores: Tensor,
     keep: float | None,
@@ -120,3 +145,48 @@ def _route_fake(
     width = list_width(scores.shape[3], keep, block_q, block_k, causal)
     rows = scores.new_empty(*scores.shape[:3], width, dtype=torch.int32)
     return rows, scores.new_empty(scores.shape[:3], dtype=torch.int32)
+
+
+@operator("sparse_linear_classes")
+def sparse_linear_classes(
+    scores: Tensor, keep: float, skip: float, block_q: int, block_k: int, length_q: int, length_k: int, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """SLA's three classes of key blocks, as ``routers.sla_blocks``: row lists, their counts, and (E, H, N_q, N_k) bool,
+    the blocks of the linear branch.
+
+    Args:
+        scores: (E, H, N_q, N_k) float32.
+    """
+    from allears.ops.attention.sparse_linear.triton_router import route_triton
+
+    sizes = {"block_q": block_q, "block_k": block_k, "length_q": length_q, "length_k": length_k, "causal": causal}
+    with torch.cuda.device_of(scores):
+        rows, count, linear = route_triton(scores, keep=keep, skip=skip, **sizes)
+    assert linear is not None, "a share to skip was given"
+    return rows, count, linear
+
+
+@sparse_linear_classes.register_fake
+def _classes_fake(
+    scores: Tensor, keep: float, skip: float, block_q: int, block_k: int, length_q: int, length_k: int, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = _route_fake(scores, keep, None, block_q, block_k, length_q, length_k, causal, None, None)
+    return *made, scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+@operator("sparse_linear_scores")
+def sparse_linear_scores(
+    q_pool: Tensor, k_pool: Tensor, k_mean: Tensor | None, proj_q: Tensor | None, proj_k: Tensor | None, scale: float
+) -> Tensor:
+    """Logits of blocks (E, H, N_q, N_k) float32: see ``triton_scores.scores_triton``."""
+    from allears.ops.attention.sparse_linear.triton_scores import scores_triton
+
+    with torch.cuda.device_of(q_pool):
+        return scores_triton(q_pool, k_pool, k_mean, proj_q, proj_k, scale)
+
+
+@sparse_linear_scores.register_fake
+def _scores_fake(
+    q_pool: Tensor, k_pool: Tensor, k_mean: Tensor | None, proj_q: Tensor | None, proj_k: Tensor | None, scale: float
+) -> Tensor:
+    return q_pool.new_empty(*q_pool.shape[:3], k_pool.shape[2])

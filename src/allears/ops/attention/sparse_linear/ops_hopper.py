@@ -12,6 +12,7 @@ from torch import Tensor
 from allears.ops.attention.lowbit.ops import aligned_rows, like_output, no_sums
 from allears.ops.attention.sparse_linear.blocks import Blocks
 from allears.ops.attention.sparse_linear.inputs import Projection
+from allears.ops.attention.sparse_linear.ops import at_once, operator
 from allears.ops.attention.sparse_linear.options import SparseLinear
 
 BLOCK_Q, BLOCK_K = 128, 64
@@ -38,7 +39,7 @@ class Statistics(NamedTuple):
         return self._replace(q_pool=nothing, k_pool=nothing)
 
 
-@torch.library.custom_op("allears::sparse_linear_statistics", mutates_args=())
+@operator("sparse_linear_statistics")
 def _statistics(q: Tensor, k: Tensor, v: Tensor, smooth_k: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from allears.ops.attention.sparse_linear.hopper import host
 
@@ -59,10 +60,10 @@ def _statistics_fake(q: Tensor, k: Tensor, v: Tensor, smooth_k: bool) -> tuple[T
 
 def block_statistics(q: Tensor, k: Tensor, v: Tensor, smooth_k: bool) -> Statistics:
     """q (B, L_q, H, 128), k and v (B, L_k, G, 128), float16 or bfloat16, on Hopper, any strides."""
-    return Statistics(*_statistics(q, k, v, smooth_k))
+    return Statistics(*at_once(_statistics, q, k, v, smooth_k))
 
 
-@torch.library.custom_op("allears::sparse_linear_hopper", mutates_args=())
+@operator("sparse_linear_hopper")
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -121,4 +122,4 @@ def sparse_linear_hopper(
     shape = (q.shape[0], q.shape[2], blocks.rows.shape[2])
     each = ratio.to(torch.float32).expand(shape).contiguous()
     lists = blocks.rows.contiguous(), blocks.count.contiguous()
-    return _attend(q, k, v, *lists, each, found.k_mean, found.v_max, scale, need_lse)
+    return at_once(_attend, q, k, v, *lists, each, found.k_mean, found.v_max, scale, need_lse)

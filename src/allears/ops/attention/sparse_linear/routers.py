@@ -20,7 +20,9 @@ from allears.ops.attention.lowbit.inputs import DTYPES, LARGEST_HEAD_SIZE
 from allears.ops.attention.sparse_linear.blocks import Blocks, Geometry, blocks_from_order
 from allears.ops.attention.sparse_linear.ops import (
     LARGEST_ROW,
+    at_once,
     list_width,
+    sparse_linear_classes,
     sparse_linear_pool,
     sparse_linear_pool_keys,
     sparse_linear_route,
@@ -45,7 +47,7 @@ def pool_blocks(x: Tensor, block: int, cu_seqlens: Tensor | None = None, max_seq
         raise ValueError("max_seqlen: None given beside cu_seqlens; give the longest sequence as an int")
     if _by_kernel(x) and x.shape[-1] <= LARGEST_HEAD_SIZE:
         offsets = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
-        return sparse_linear_pool(x, block, offsets, max_seqlen)
+        return at_once(sparse_linear_pool, x, block, offsets, max_seqlen)
     if cu_seqlens is None or max_seqlen is None:
         return _block_means(x, block, wide=_wide(x))
     rows = locate(cu_seqlens, max_seqlen, x.shape[0])
@@ -107,7 +109,7 @@ def pools(
     of_q, of_k = sequences(packing)
     q_pool, centred = pool_blocks(q, options.block_q, *of_q), options.smooth_k and not causal
     if centred and _by_kernel(k) and k.shape[-1] <= LARGEST_HEAD_SIZE:
-        return q_pool, sparse_linear_pool_keys(k, options.block_k, *of_k, True)[0]
+        return q_pool, at_once(sparse_linear_pool_keys, k, options.block_k, *of_k, True)[0]
     k_pool = pool_blocks(k, options.block_k, *of_k)
     return q_pool, k_pool - key_mean(k, of_k[0])[:, :, None] if centred else k_pool
 
@@ -172,6 +174,11 @@ def sla_blocks(scores: Tensor, keep: float, skip: float, *, geometry: Geometry) 
     """
     if not 0 <= skip < 1:
         raise ValueError(f"skip: {skip} given; it must be in [0, 1)")
+    if _rank_by_kernel(scores) and not isinstance(geometry.length_q, Tensor):
+        _check_share("keep", keep)
+        _check_fit(scores, geometry)
+        sizes = (geometry.block_q, geometry.block_k, *geometry.longest, geometry.causal)
+        return Blocks(*at_once(sparse_linear_classes, scores, keep, skip, *sizes))
     order, count, width = _ranked(scores, keep, geometry)
     seen = geometry.visible(scores.device).sum(-1)
     place = torch.arange(scores.shape[-1], device=scores.device)
@@ -240,7 +247,7 @@ def _routed(scores: Tensor, keep: float | None, mass: float | None, geometry: Ge
         each = (torch.as_tensor(x, device=scores.device).expand(scores.shape[0]) for x in lengths)
         offsets = [F.pad(x.cumsum(0), (1, 0)).to(torch.int32) for x in each]
     sizes = (geometry.block_q, geometry.block_k, *geometry.longest, geometry.causal)
-    return Blocks(*sparse_linear_route(scores, keep, mass, *sizes, *offsets))
+    return Blocks(*at_once(sparse_linear_route, scores, keep, mass, *sizes, *offsets))
 
 
 def _share(count: Tensor, share: float) -> Tensor:

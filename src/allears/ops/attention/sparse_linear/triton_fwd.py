@@ -10,6 +10,8 @@ query heads, G key heads, D head size, DP = D padded, N_q query blocks, N_P key 
 a group has U units of key heads and U_H = U * H / G heads, see ``triton_states.py``.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -126,6 +128,8 @@ def sparse_linear_forward_kernel(
     count,
     sums,
     ratio,
+    weight,
+    bias,
     out,
     o_linear,
     lse,
@@ -174,8 +178,9 @@ def sparse_linear_forward_kernel(
 
     q, k, v with their strides; INT8: k is k8, v is v8, with their scales, and mean (E, G, D) is what k8 lacks, or None.
     rows (E, H, N_q, R), count; sums (U_H, N_q, DP + 1, DP) unless FORM is "sparse"; ratio with its strides (FORM
-    "sla2"). To out and (FORM "sla") o_linear, contiguous (B, L_q, H, D), and lse (B, H, T_q), natural, of the logits of
-    the given k."""
+    "sla2"). To out and (FORM "sla") o_linear, contiguous (B, L_q, H, D), and lse (B, H, T_q), natural, of the logits
+    of the given k. With ``weight`` (D, D), and ``bias`` (D) or None, the form "sla" adds the projected linear branch to
+    out and leaves no o_linear."""
     tiles: tl.constexpr = BLOCK_Q // ROWS
     tile = tl.program_id(0) % (N_q * tiles)
     local = (tl.program_id(0) // (N_q * tiles)).to(tl.int64)
@@ -312,7 +317,14 @@ def sparse_linear_forward_kernel(
         product, total = linear_output(q, row, q_stride_l, q_stride_d, length, D, sums, ROWS, DP, CHUNK, MAP)
         without = total == 0.0
         linear = product * tl.where(without, 0.0, 1.0 / tl.where(without, 1.0, total))[:, None]
-        if FORM == "sla":
+        if weight is not None:
+            known = (channel < D)[:, None] & (channel < D)[None, :]
+            turned = tl.load(weight + channel[None, :] * D + channel[:, None], mask=known, other=0.0)
+            acc = tl.dot(linear.to(turned.dtype), turned, acc, input_precision="tf32x3")
+            if bias is not None:
+                more = tl.load(bias + channel, mask=channel < D, other=0.0).to(tl.float32)
+                acc += tl.where(without, 0.0, 1.0)[:, None] * more[None, :]
+        elif FORM == "sla":
             tl.store(o_linear + at_out, linear.to(out.dtype.element_ty), mask=written)
         else:
             share = tl.load(ratio + entry * ratio_stride_b + h * ratio_stride_h + block * ratio_stride_n)
@@ -328,7 +340,15 @@ _INT8[100] = r"tcgen05\.mma\S*kind::i8|" + _SYNC + r"\.s32\.s8\.s8"  # by the ve
 _FP8 = {90: r"wgmma\S*\.e4m3\.e4m3", 100: r"tcgen05\.mma\S*f8f6f4", 120: _SYNC + r"\.e4m3\.e4m3"}
 
 
-def _case(name: str, chips: tuple[int, ...], warps: int = 8, stages: int = 3, spills: bool = False, **changes):
+def _case(
+    name: str,
+    chips: tuple[int, ...],
+    warps: int = 8,
+    stages: int = 3,
+    spills: bool = False,
+    projects: bool = False,
+    **changes: Any,
+) -> AotCase:
     """The kernel for bfloat16 at head size 128."""
     constants = {
         "ROWS": 128,
@@ -349,7 +369,7 @@ def _case(name: str, chips: tuple[int, ...], warps: int = 8, stages: int = 3, sp
         **changes,
     }
     eight = constants["INT8"]
-    kinds = dict.fromkeys(("q", "sums", "out", "o_linear"), "*bf16")
+    kinds = dict.fromkeys(("q", "sums", "out", "o_linear", "weight", "bias"), "*bf16")
     kinds |= dict.fromkeys(("mean", "k_scale", "v_scale", "ratio", "lse"), "*fp32")
     kinds |= dict.fromkeys(("rows", "count", "cu_q", "cu_k"), "*i32")
     kinds |= {"k": "*i8" if eight else "*bf16", "v": "*fp8e4nv" if eight else "*bf16", "log2_factor": "fp32"}
@@ -358,7 +378,8 @@ def _case(name: str, chips: tuple[int, ...], warps: int = 8, stages: int = 3, sp
         *(() if constants["PACKED"] else ("cu_q", "cu_k")),
         *(("sums",) if constants["FORM"] == "sparse" else ()),
         *(("ratio",) if constants["FORM"] != "sla2" else ()),
-        *(("o_linear",) if constants["FORM"] != "sla" else ()),
+        *(("o_linear",) if constants["FORM"] != "sla" or projects else ()),
+        *(() if projects else ("weight", "bias")),
     ]
     constants |= dict.fromkeys(absent)
     signature = {n: kinds.get(n, "i32") for n in sparse_linear_forward_kernel.arg_names if n not in constants}
@@ -381,5 +402,6 @@ def aot_cases() -> list[AotCase]:
         _case("sparse_linear_forward_int8_fp8", (90, 100, 120), INT8=True, spills=True),
         _case("sparse_linear_forward_causal_packed", (90,), **packed),
         _case("sparse_linear_forward_int8_fp8_causal_packed", (90,), INT8=True, **packed),
+        _case("sparse_linear_forward_projected", (90, 100), FORM="sla", projects=True, spills=True),
         _case("sparse_linear_forward_sparse_64", (90,), warps=4, FORM="sparse", ROWS=64, BLOCK_Q=64),
     ]

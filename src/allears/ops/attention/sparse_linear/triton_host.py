@@ -21,6 +21,7 @@ from allears.ops.attention.lowbit.inputs import softmax_scale
 from allears.ops.attention.lowbit.triton_host import HOPPER_SHARED_BYTES, LOG2_E, Launch, chip_of, missing_for
 from allears.ops.attention.lowbit.triton_quant import on_hardware, padded_head_size
 from allears.ops.attention.sparse_linear.blocks import Blocks, Geometry
+from allears.ops.attention.sparse_linear.inputs import Projection
 from allears.ops.attention.sparse_linear.options import SparseLinear
 from allears.ops.attention.sparse_linear.triton_fwd import sparse_linear_forward_kernel
 from allears.ops.attention.sparse_linear.triton_pool import pool_keys_triton
@@ -37,7 +38,8 @@ class Forward(NamedTuple):
         out: like q, contiguous; in the form "sla" that of the softmax branch alone.
         lse: (B, H, L_q) or (H, T_q) float32, natural, of the logits of the given k over the listed keys.
         k_mean: (E, G, D) float32, or None where nothing is smoothed.
-        o_linear: like out in the form "sla" (0 where a query block has no linear blocks), else None.
+        o_linear: like out in the form "sla" (0 where a query block has no linear blocks), else None, as it is where the
+            call has the projection, and out the sum.
     """
 
     out: Tensor
@@ -174,6 +176,7 @@ def sparse_linear_forward_triton(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     k_mean: Tensor | None = None,
+    proj: Projection | None = None,
     scratch_fraction: float = 0.1,
     launch: Launch | None = None,
 ) -> Forward:
@@ -185,6 +188,7 @@ def sparse_linear_forward_triton(
         blocks, ratio, options, causal, scale: as in ``sparse_linear_attention``; the lists are not read back.
         cu_seqlens_q, cu_seqlens_k: int32 (S + 1); they need max_seqlen_q and max_seqlen_k.
         k_mean: (E, G, D) float32, contiguous, of a router that has made it already; it is made where needed.
+        proj: of the form "sla", (D, D) and (D,) or None in the dtype of q: project the linear branch and add it here.
         scratch_fraction: share of the bytes of q, k and v that a group of heads may take as scratch. Larger groups are
             fewer launches. One unit is taken at least, which is up to (D / 128) / (E * G) of these bytes for 16-bit
             numbers and equal lengths, and a third more in ``int8_fp8``.
@@ -204,10 +208,10 @@ def sparse_linear_forward_triton(
     if options.block_q % launch.rows:
         raise ValueError(f"launch: {launch.rows} rows given; they must divide block_q, {options.block_q}")
     out = torch.empty(call.q.shape, dtype=q.dtype, device=q.device)
-    o_linear = torch.empty_like(out) if options.form == "sla" else None
+    o_linear = torch.empty_like(out) if options.form == "sla" and proj is None else None
     lse = torch.empty(out.shape[0], out.shape[2], out.shape[1], device=q.device)
     if out.numel() and call.geometry.n_k:
-        _run(call, ratio, out, o_linear, lse, softmax_scale(scale, q.shape[-1]), scratch_fraction, launch)
+        _run(call, ratio, proj, out, o_linear, lse, softmax_scale(scale, q.shape[-1]), scratch_fraction, launch)
     else:
         out.zero_()
         lse.fill_(-torch.inf)
@@ -255,6 +259,7 @@ def gather_call(
 def _run(
     call: Call,
     ratio: Tensor | None,
+    proj: Projection | None,
     out: Tensor,
     o_linear: Tensor | None,
     lse: Tensor,
@@ -289,7 +294,7 @@ def _run(
         prepare = prepared(call, states, weights, copies if not groups.overlaid else (None,) * 4)
     if groups.overlaid:
         quantise = prepared(call, None, None, copies)
-    attend = _sparse_kernel(call, ratio, copies, sums, out, o_linear, lse, factor, launch)
+    attend = _sparse_kernel(call, ratio, proj, copies, sums, out, o_linear, lse, factor, launch)
     for first in range(0, units, groups.units):
         made = min(groups.units, units - first)
         if prepare is not None:
@@ -374,6 +379,7 @@ def prepared(
 def _sparse_kernel(
     call: Call,
     ratio: Tensor | None,
+    proj: Projection | None,
     copies: Copies,
     sums: Tensor | None,
     out: Tensor,
@@ -402,6 +408,7 @@ def _sparse_kernel(
         call.blocks.count,
         sums,
         shares,
+        *((None, None) if proj is None else (x if x is None else x.contiguous() for x in proj)),
         out,
         o_linear,
         lse,

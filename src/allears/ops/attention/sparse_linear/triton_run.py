@@ -16,6 +16,7 @@ from allears.ops.attention.sparse_linear.inputs import Projection
 from allears.ops.attention.sparse_linear.ops_backward import sparse_linear_attention_triton
 from allears.ops.attention.sparse_linear.options import SparseLinear
 from allears.ops.attention.sparse_linear.reference import by_query
+from allears.ops.attention.sparse_linear.triton_host import sparse_linear_forward_triton
 
 _LARGEST_WIDE_HEAD = 128
 
@@ -39,7 +40,8 @@ def sparse_linear_triton(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`~allears.ops.attention.sparse_linear.sparse_linear_attention`, which checks the arguments.
 
-    Differentiable in q, k, v, ratio and proj. The projection of the form "sla" is applied here, in the dtype of q.
+    Differentiable in q, k, v, ratio and proj. The projection of the form "sla" is in the dtype of q; where no gradient
+    is asked for the kernel applies it.
 
     Args:
         k_mean: (B, G, D) float32, the mean over the keys of each sequence, of a router that has made it already; it is
@@ -56,6 +58,25 @@ def sparse_linear_triton(
     longest = (max_seqlen_q, max_seqlen_k) if cu_seqlens_q is not None else (None, None)
     if ratio is not None:
         ratio = ratio.float().expand(blocks.count.shape)
+    if not _learned(q, k, v, ratio, proj) and not torch.compiler.is_compiling() and type(q) is Tensor:
+        with torch.cuda.device_of(q):
+            made = sparse_linear_forward_triton(
+                q,
+                k,
+                v,
+                blocks,
+                ratio,
+                options,
+                causal=causal,
+                scale=scale,
+                cu_seqlens_q=cu_seqlens_q,
+                cu_seqlens_k=cu_seqlens_k,
+                max_seqlen_q=longest[0],
+                max_seqlen_k=longest[1],
+                k_mean=k_mean,
+                proj=None if proj is None else (proj[0].to(q.dtype), None if proj[1] is None else proj[1].to(q.dtype)),
+            )
+        return made.out, made.lse
     out, lse, _, linear = sparse_linear_attention_triton(
         q,
         k,
@@ -91,15 +112,14 @@ def sparse_linear_triton(
     return out + torch.where(there, bias, 0.0), lse
 
 
+def _learned(q: Tensor, k: Tensor, v: Tensor, ratio: Tensor | None, proj: Projection | None) -> bool:
+    """Whether gradients are asked for."""
+    given = (q, k, v, ratio, *(proj or ()))
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+
+
 def _refuse_large_heads(q: Tensor, k: Tensor, v: Tensor, ratio: Tensor | None, proj: Projection | None) -> None:
-    learned = any(x is not None and x.requires_grad for x in (q, k, v, ratio, *(proj or ())))
-    if (
-        q.dtype == torch.float32
-        and q.shape[-1] > _LARGEST_WIDE_HEAD
-        and q.is_cuda
-        and learned
-        and torch.is_grad_enabled()
-    ):
+    if q.dtype == torch.float32 and q.shape[-1] > _LARGEST_WIDE_HEAD and q.is_cuda and _learned(q, k, v, ratio, proj):
         raise ValueError(
             f"q: float32 with head size {q.shape[-1]} given; above {_LARGEST_WIDE_HEAD} the backward's tiles do not "
             f"fit into a GPU's shared memory: cast q, k and v to bfloat16, or use kernel='reference'"

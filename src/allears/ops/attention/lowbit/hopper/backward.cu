@@ -3,7 +3,7 @@
 
 // SageBwd's backward pass for Hopper (compute capability 9.0).
 //
-// A block owns 128 keys of a head, two warpgroups 64 of them each, and goes over the queries in tiles of 64, on the transposed tile
+// A block owns 64 keys of a head for each of its GROUPS warpgroups, and goes over the queries in tiles of 64, on the transposed tile
 // (keys x queries), so that P and dS are register operands of dV += P dO and dK += dS Q. INT8: Q K^T, P dO, dS Q. 16 bit: dO V^T, and dS K for
 // dQ, whose contraction runs over the keys: a scale a key, which P and dS have here, does not factor out of it.
 //
@@ -11,13 +11,19 @@
 //   x: scale of Q, times softmax scale * log2 e;  y: log-sum-exp in base 2, minus log2 s;  z: 1 / s;  w: D / s
 // so that P s = 2^(x S - y) is what dV needs, dS = P s (z dP - w), and dS x is what dK needs; both are quantised a key at a time.
 //
-// Defined by the host: HEAD_DIM (64 or 128), CAUSAL, IN_FP16.
+// Defined by the host: HEAD_DIM (64 or 128), CAUSAL, IN_FP16, and what launches.py chooses:
+//   GROUPS      2, or 3 with TURNS
+//   LATE        dQ of a tile, which needs the dS of all warpgroups, is made one tile late, so that none waits; dS has two buffers for that
+//   TURNS       each tile's dQ is made by one warpgroup, in turn, and not half of its columns by each of two; with LATE and HEAD_DIM 64
+//   STAGES      buffers of what belongs to a tile of queries
+//   P_UNSIGNED  P in 0 to 255, not 127
 
-#define KEYS 128
+#if (GROUPS == 3 && !TURNS) || (TURNS && !(LATE && HEAD_DIM == 64))
+#error launches.py: GROUPS 3 needs TURNS, TURNS needs LATE and HEAD_DIM 64
+#endif
+#define KEYS (64 * GROUPS)
 #define QUERIES 64
-#define GROUPS 2
 #define THREADS (128 * (GROUPS + 1))
-#define STAGES 2
 #define LN2 0.69314718055994531f
 #define ATOMS (HEAD_DIM / 64)           // 128-byte columns of a 16-bit tile
 #define K8_BYTES (KEYS * HEAD_DIM)
@@ -27,13 +33,22 @@
 #define COLUMN_BYTES (QUERIES * 16)
 #define STAGE_BYTES (3 * Q8_BYTES + DO_BYTES + COLUMN_BYTES)
 #define DS_BYTES (KEYS * QUERIES * 2)
-#define DQ_BYTES (4 * QUERIES * HEAD_DIM)
+#define DS_BUFFERS (1 + LATE)
+#define DQ_BYTES (4 * QUERIES * HEAD_DIM / (TURNS ? 1 : 2))  // that a warpgroup makes
 #define REGS (HEAD_DIM / 2)             // of a 64 x D accumulator
-#define DQ_REGS (HEAD_DIM / 4)          // of 64 x D / 2
+#define DQ_REGS (DQ_BYTES / 512)
+#if GROUPS == 3
+#define REGISTERS_PRODUCER "32"
+#define REGISTERS "160"
+#else
+#define REGISTERS_PRODUCER "24"
+#define REGISTERS "240"
+#endif
+#define P_TOP (P_UNSIGNED ? 255.0f : 127.0f)
 
 struct Params {
   const float4* columns;  // (B, H, padded)
-  const float2* scales;   // (B, G, blocks): of K, of V
+  const float2* scales;   // (B, G, blocks of 128 keys): of K, of V
   float* dq;              // (B, H, tiles, 2, D / 8, 128, 4): accumulators as the threads hold them; zero at launch
   void* dk;               // (B, L_k, G, D) contiguous, 16 bit
   void* dv;
@@ -50,17 +65,30 @@ DEVICE float quad_max_nan(float x) {
   return max_nan(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// 32 numbers of two rows to INT8 operands, one scale a row; returns the scales.
-DEVICE float2 quantise_rows(const float (&x)[32], u32 (&out)[8]) {
+// 32 numbers of two rows to INT8 operands (up to ``top``), one scale a row; returns the scales. POSITIVE: none has a sign, so their bits order
+// as integers, a NaN above all.
+template <bool POSITIVE = false>
+DEVICE float2 quantise_rows(const float (&x)[32], u32 (&out)[8], const float top) {
   float a = 0.0f, b = 0.0f;
+  if (POSITIVE) {
+    int top_a = 0, top_b = 0;
 #pragma unroll
-  for (int j = 0; j < 8; j++) {
-    a = max_nan(a, max_nan(fabsf(x[4 * j]), fabsf(x[4 * j + 1])));
-    b = max_nan(b, max_nan(fabsf(x[4 * j + 2]), fabsf(x[4 * j + 3])));
+    for (int j = 0; j < 8; j++) {
+      top_a = max(max(top_a, __float_as_int(x[4 * j])), __float_as_int(x[4 * j + 1]));
+      top_b = max(max(top_b, __float_as_int(x[4 * j + 2])), __float_as_int(x[4 * j + 3]));
+    }
+    a = __int_as_float(top_a);
+    b = __int_as_float(top_b);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      a = max_nan(a, max_nan(fabsf(x[4 * j]), fabsf(x[4 * j + 1])));
+      b = max_nan(b, max_nan(fabsf(x[4 * j + 2]), fabsf(x[4 * j + 3])));
+    }
   }
   a = quad_max_nan(a);
   b = quad_max_nan(b);
-  float ia = a == 0.0f ? 0.0f : 127.0f * reciprocal(a), ib = b == 0.0f ? 0.0f : 127.0f * reciprocal(b);
+  float ia = a == 0.0f ? 0.0f : top * reciprocal(a), ib = b == 0.0f ? 0.0f : top * reciprocal(b);
 #pragma unroll
   for (int kb = 0; kb < 2; kb++) {
 #pragma unroll
@@ -71,7 +99,7 @@ DEVICE float2 quantise_rows(const float (&x)[32], u32 (&out)[8]) {
           pack_bytes(fmaf(x[at + 2], ib, MAGIC), fmaf(x[at + 3], ib, MAGIC), fmaf(x[at + 6], ib, MAGIC), fmaf(x[at + 7], ib, MAGIC));
     }
   }
-  return make_float2(a * (1.0f / 127.0f), b * (1.0f / 127.0f));
+  return make_float2(a * (1.0f / top), b * (1.0f / top));
 }
 
 // Half of the columns of an accumulator, 64 of 128, or all 64.
@@ -84,11 +112,36 @@ DEVICE void add_up(float (&total)[REGS], const int (&part)[32], float2 scale) {
   }
 }
 
+template <bool UNSIGNED = false>
 DEVICE void product8(int (&part)[32], const u32 (&a)[8], u64 b) {
   mma_fence();
-  mma_s8_reg(part, a[0], a[1], a[2], a[3], b, 0);
-  mma_s8_reg(part, a[4], a[5], a[6], a[7], b + 2, 1);
+  if (UNSIGNED) {
+    mma_u8_reg(part, a[0], a[1], a[2], a[3], b, 0);
+    mma_u8_reg(part, a[4], a[5], a[6], a[7], b + 2, 1);
+  } else {
+    mma_s8_reg(part, a[0], a[1], a[2], a[3], b, 0);
+    mma_s8_reg(part, a[4], a[5], a[6], a[7], b + 2, 1);
+  }
   mma_commit();
+}
+
+DEVICE void issue_dq(float (&dq)[DQ_REGS], u64 ds, u64 k16) {
+  mma_fence();
+#pragma unroll
+  for (int k = 0; k < KEYS / 16; k++) mma_bf16_across(dq, ds + k * (2048 >> 4), k16 + k * (2048 >> 4), k > 0);
+  mma_commit();
+}
+
+// A warpgroup's part of dQ of a tile to global memory, by way of ``stage``.
+DEVICE void add_dq(const float (&dq)[DQ_REGS], float scale, float* to, u8* stage, int group, int t, bool leader) {
+  if (leader) added();
+  group_sync(1 + group);
+#pragma unroll
+  for (int j = 0; j < DQ_REGS / 4; j++)
+    ((float4*)stage)[t + 128 * j] = make_float4(dq[4 * j] * scale, dq[4 * j + 1] * scale, dq[4 * j + 2] * scale, dq[4 * j + 3] * scale);
+  fence_async_shared();
+  group_sync(1 + group);
+  if (leader) add_bytes(to, shared_address(stage), DQ_BYTES);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -101,18 +154,20 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
   u8* k16 = k8 + K8_BYTES;
   u8* v16 = k16 + K16_BYTES;
   u8* ds = v16 + K16_BYTES;
-  u8* dq_stage = ds + DS_BYTES;
-  u8* stages = dq_stage + DQ_BYTES;
-  __shared__ alignas(8) u64 bars[2 * STAGES + 3];
-  u32 full = shared_address(bars), empty = full + 8 * STAGES, ready = empty + 8 * STAGES, ds_full = ready + 8, ds_empty = ds_full + 8;
+  u8* dq_stages = ds + DS_BUFFERS * DS_BYTES;
+  u8* stages = dq_stages + GROUPS * DQ_BYTES;
+  __shared__ alignas(8) u64 bars[2 * STAGES + 1 + 2 * DS_BUFFERS];
+  u32 full = shared_address(bars), empty = full + 8 * STAGES, ready = empty + 8 * STAGES, ds_full = ready + 8, ds_empty = ds_full + 8 * DS_BUFFERS;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       barrier_init(full + 8 * i, 1);
       barrier_init(empty + 8 * i, GROUPS);
     }
     barrier_init(ready, 1);
-    barrier_init(ds_full, 128 * GROUPS);
-    barrier_init(ds_empty, GROUPS);
+    for (int i = 0; i < DS_BUFFERS; i++) {
+      barrier_init(ds_full + 8 * i, 128 * GROUPS);
+      barrier_init(ds_empty + 8 * i, TURNS ? 1 : GROUPS);
+    }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -125,7 +180,7 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
   int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1, t = threadIdx.x % 128;
 
   if (group < 0) {  // ---- producer
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 " REGISTERS_PRODUCER ";");
     if (threadIdx.x != 0) return;
     barrier_expect(ready, K8_BYTES + K16_BYTES);
     copy_3d(shared_address(k8), &k8_map, ready, 0, block * KEYS, b * p.groups + g);
@@ -149,30 +204,41 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
   }
 
   // ---- consumers
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 " REGISTERS ";");
   int warp = t / 32, lane = t % 32, r_a = group * 64 + warp * 16 + lane / 4, column0 = 2 * (lane % 4);
   bool first_warp = __shfl_sync(0xffffffffu, warp, 0) == 0;
 #define LEADER (first_warp && elected())
-  float k_scale = __ldg(p.scales + (long long)(b * p.groups + g) * p.blocks + block).x;
+  const float2* scales = p.scales + (long long)(b * p.groups + g) * p.blocks;
+  auto scale_of = [&](int key) { return key < 128 * p.blocks ? __ldg(scales + key / 128).x : 0.0f; };
+  float k_scale = scale_of(block * KEYS + group * 64);
   barrier_wait(ready, 0);
-  // K as bfloat16 integers, rows of 64 columns, swizzled: for dQ
+  // K as bfloat16, rows of 64 columns, swizzled: for dQ. Integers, unless the block may have two scales.
   for (int n = threadIdx.x - 128; n < KEYS * HEAD_DIM / 8; n += 128 * GROUPS) {
     int r = n / (HEAD_DIM / 8), c = n % (HEAD_DIM / 8);
     uint2 x = *(const uint2*)(k8 + chunk_offset<HEAD_DIM>(r, c / 2) + (c & 1) * 8);
     u32 w[4];
+#if GROUPS == 3
+    float unit = scale_of(block * KEYS + r);
+#endif
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       u32 word = i < 2 ? x.x : x.y;
       float lo = (float)(signed char)(word >> (16 * (i & 1))), hi = (float)(signed char)(word >> (16 * (i & 1) + 8));
+#if GROUPS == 3
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w[i]) : "f"(hi * unit), "f"(lo * unit));
+#else
       w[i] = (__float_as_uint(lo) >> 16) | (__float_as_uint(hi) & 0xffff0000u);
+#endif
     }
     *(uint4*)(k16 + (c / 8) * KEYS * 128 + chunk_offset<128>(r, c % 8)) = make_uint4(w[0], w[1], w[2], w[3]);
   }
   fence_async_shared();
-  asm volatile("bar.sync 3, 256;" ::: "memory");
+  asm volatile("bar.sync 4, %0;" ::"n"(128 * GROUPS) : "memory");
 
   u64 k8_operand = operand<HEAD_DIM>(shared_address(k8) + group * 64 * HEAD_DIM), v_operand = operand<128>(shared_address(v16) + group * 64 * 128);
-#if HEAD_DIM == 128
+#if TURNS
+  u64 k16_operand = operand<128>(shared_address(k16));
+#elif HEAD_DIM == 128
   u64 k16_operand = operand<128>(shared_address(k16) + group * KEYS * 128);
 #else
   u64 k16_operand = operand<128>(shared_address(k16) + group * 64);
@@ -183,19 +249,39 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
   int matrix = lane / 8, ds_row = group * 64 + warp * 16 + (matrix & 1) * 8 + lane % 8;  // the row whose address this lane gives
 
   float dk[REGS], dv[REGS];
-  int part[32], part2[32];
 #pragma unroll
   for (int i = 0; i < REGS; i++) dk[i] = dv[i] = 0.0f;
-  float dq_scale = p.scale * LN2 * k_scale;
+  float dq_scale = p.scale * LN2 * (GROUPS == 3 ? 1.0f : k_scale);
   int key_a = block * KEYS + r_a;
   bool tail = (block + 1) * KEYS > p.keys;
-  int stage = 0, phase = 0, ds_phase = 0;
-  float4* dq_to = (float4*)(dq_stage + group * (DQ_BYTES / 2)) + t;
+  int stage = 0, phase = 0;
+  int count = 0;  // tiles so far
+  u8* dq_stage = dq_stages + group * DQ_BYTES;
+  auto dq_at = [&](int tile) { return p.dq + (TURNS ? (long long)tile * DQ_BYTES : (2ll * tile + group) * DQ_BYTES) / 4; };
+#if LATE
+  int before = 0;  // number of the tile before in dq
+  auto dq_before = [&]() __attribute__((always_inline)) {
+    int tile = count - 1, buffer = tile & 1;
+    if (tile < 0 || (TURNS && tile % GROUPS != group)) return;
+    float dq[DQ_REGS];
+    barrier_wait(ds_full + 8 * buffer, (tile >> 1) & 1);
+    issue_dq(dq, ds_operand + buffer * (DS_BYTES >> 4), k16_operand);
+    mma_wait<0>();
+    if (LEADER) barrier_arrive(ds_empty + 8 * buffer);
+    add_dq(dq, dq_scale, dq_at(before), dq_stage, group, t, LEADER);
+  };
+#endif
 
   for (int n = 0; n < per_group; n++) {
     int h = g * per_group + n;
-    float* dq_tile = p.dq + (((long long)b * p.heads + h) * tiles + first) * (QUERIES * HEAD_DIM) + group * (QUERIES * HEAD_DIM / 2);
-    for (int i = first; i < tiles; i++, ds_phase ^= 1) {
+    int dq_tile = (b * p.heads + h) * tiles + first;
+    for (int i = first; i < tiles; i++, count++) {
+#if LATE
+      int buffer = count & 1, ds_phase = (count >> 1) & 1;
+#else
+      const int buffer = 0;
+      int ds_phase = count & 1;
+#endif
       u64 at = stage * (STAGE_BYTES >> 4);
       const float4* columns = (const float4*)(stages + stage * STAGE_BYTES + 3 * Q8_BYTES + DO_BYTES) + column0;
       int s[32];
@@ -239,9 +325,9 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
         }
       }
       u32 p8[8], ds8[8];
-      float2 p_scale = quantise_rows(x, p8);
+      float2 p_scale = quantise_rows<P_UNSIGNED>(x, p8, P_TOP);
       mma_wait<0>();  // dP
-      barrier_wait(ds_empty, ds_phase ^ 1);
+      barrier_wait(ds_empty + 8 * buffer, ds_phase ^ 1);
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
         u32 packed[4];
@@ -258,17 +344,27 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
           x[q + 2] = b0 * c0.x;
           x[q + 3] = b1 * c1.x;
         }
-        store_matrices(shared_address(ds) + chunk_offset<128>(ds_row, j + matrix / 2), packed[0], packed[1], packed[2], packed[3]);
+        store_matrices(shared_address(ds) + buffer * DS_BYTES + chunk_offset<128>(ds_row, j + matrix / 2), packed[0], packed[1], packed[2], packed[3]);
       }
       fence_async_shared();
-      barrier_arrive(ds_full);
-      float2 ds_scale = quantise_rows(x, ds8);
-      float dq[DQ_REGS];
+      barrier_arrive(ds_full + 8 * buffer);
+      float2 ds_scale = quantise_rows(x, ds8, 127.0f);
       u64 do8 = do8_operand + at, qa = qa_operand + at;
+      int part[32];
+#if GROUPS == 3  // few registers: one product at a time, the other warpgroups run meanwhile
+      product8<P_UNSIGNED>(part, p8, do8);
+      mma_wait<0>();
+      add_up<0>(dv, part, p_scale);
+      product8(part, ds8, qa);
+      mma_wait<0>();
+      if (LEADER) barrier_arrive(empty + 8 * stage);
+      add_up<0>(dk, part, ds_scale);
+#else
+      int part2[32];
 #if HEAD_DIM == 128
       const int upper = 64 * 64 >> 4;  // rows 64 to 127 of D
-      product8(part, p8, do8);
-      product8(part2, p8, do8 + upper);
+      product8<P_UNSIGNED>(part, p8, do8);
+      product8<P_UNSIGNED>(part2, p8, do8 + upper);
       mma_wait<1>();
       add_up<0>(dv, part, p_scale);
       product8(part, ds8, qa);
@@ -278,34 +374,48 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
       mma_wait<1>();
       add_up<0>(dk, part, ds_scale);
 #else
-      product8(part, p8, do8);
+      product8<P_UNSIGNED>(part, p8, do8);
       product8(part2, ds8, qa);
       mma_wait<1>();
       add_up<0>(dv, part, p_scale);
 #endif
+#if TURNS
+      mma_wait<0>();
+      if (LEADER) barrier_arrive(empty + 8 * stage);
+      add_up<0>(dk, part2, ds_scale);
+#else
+      float dq[DQ_REGS];
+#if LATE  // before the first tile there is nothing: what is made of the buffer then is not added
+      int other = buffer ^ 1, to = before;
+      if (count > 0) barrier_wait(ds_full + 8 * other, ((count - 1) >> 1) & 1);
+#else
+      int other = 0, to = dq_tile;
       barrier_wait(ds_full, ds_phase);
-      mma_fence();
-#pragma unroll
-      for (int k = 0; k < KEYS / 16; k++)
-        mma_bf16_across(dq, ds_operand + k * (2048 >> 4), k16_operand + k * (2048 >> 4), k > 0);
-      mma_commit();
+#endif
+      issue_dq(dq, ds_operand + other * (DS_BYTES >> 4), k16_operand);
       mma_wait<1>();
       if (LEADER) barrier_arrive(empty + 8 * stage);
       add_up<HEAD_DIM / 64 - 1>(dk, part2, ds_scale);
       mma_wait<0>();
-      if (LEADER) barrier_arrive(ds_empty);
-      if (LEADER) added();
-      group_sync(1 + group);
-#pragma unroll
-      for (int j = 0; j < DQ_REGS / 4; j++)
-        dq_to[128 * j] = make_float4(dq[4 * j] * dq_scale, dq[4 * j + 1] * dq_scale, dq[4 * j + 2] * dq_scale, dq[4 * j + 3] * dq_scale);
-      fence_async_shared();
-      group_sync(1 + group);
-      if (LEADER) add_bytes(dq_tile, shared_address(dq_stage) + group * (DQ_BYTES / 2), DQ_BYTES / 2);
-      dq_tile += QUERIES * HEAD_DIM;
+      if (!LATE || count > 0) {
+        if (LEADER) barrier_arrive(ds_empty + 8 * other);
+        add_dq(dq, dq_scale, dq_at(to), dq_stage, group, t, LEADER);
+      }
+#endif
+#endif
+#if TURNS
+      dq_before();
+#endif
+#if LATE
+      before = dq_tile;
+#endif
+      dq_tile++;
       if (++stage == STAGES) stage = 0, phase ^= 1;
     }
   }
+#if LATE
+  dq_before();
+#endif
   if (LEADER) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 #pragma unroll
   for (int half = 0; half < 2; half++) {

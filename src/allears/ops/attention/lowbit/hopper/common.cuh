@@ -165,6 +165,10 @@ DEVICE int quad_max(int x) {  // over the four threads of a row
   x = max(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return max(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
+DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
 
 // ---- warpgroup matrix products
 

@@ -13,12 +13,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from allears.ops.attention.lowbit.hopper import launches
 from allears.ops.nvrtc import Kernel, TensorMap, compile_cubin, tensor_map
 
 KEYS = 128
 _FOLDER = Path(__file__).parent
 _STAGES = 4
-_BACKWARD_STAGES = 2
 _GROUPS = 3  # warpgroups that compute in the forward
 
 
@@ -152,8 +152,9 @@ def attend(
         "HEAD_DIM": size, "CAUSAL": int(causal), "PV_INT8": int(pv == "int8"), "IN_FP16": int(q.dtype == torch.float16),
         "SAVE_Q": int(save_q),
     }  # fmt: skip
-    shared = _GROUPS * 64 * size + 2 * _STAGES * KEYS * size + 1024 + _STAGES * 1024
-    run = kernel("forward.cu", "attention_forward", device, shared, **defines)
+    launch = launches.FORWARD[pv, size]
+    shared = (1 + launch.q_ahead) * _GROUPS * 64 * size + 2 * _STAGES * KEYS * size + 1024 + _STAGES * 1024
+    run = kernel("forward.cu", "attention_forward", device, shared, **defines, **launch.defines)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     run((min(multiprocessors, row_tiles * heads * batch), 1, 1), 128 * (_GROUPS + 1), k_map, v_map, params)
     return Forward(out, lse, q8, q_scale, lse2)
@@ -208,18 +209,19 @@ def attend_backward(
         columns.data_ptr(), kv.scales.data_ptr(), sums.data_ptr(), dk.data_ptr(), dv.data_ptr(),
         heads, groups, rows, keys, blocks, padded, factor,
     )  # fmt: skip
+    launch = launches.BACKWARD[size]
     maps = (
-        tensor_map(kv.k.view(batch * groups, blocks * KEYS, size), (1, KEYS, size), size),
-        tensor_map(v, (1, KEYS, 1, 64), 128),
+        tensor_map(kv.k.view(batch * groups, blocks * KEYS, size), (1, launch.keys, size), size),
+        tensor_map(v, (1, launch.keys, 1, 64), 128),
         tensor_map(d_out, (1, 64, 1, 64), 128),
         tensor_map(forward.q8.view(batch * heads, rows, size), (1, 64, size), size),
         tensor_map(across[0], (1, size, 64), 64),
         tensor_map(across[1], (1, size, 64), 64),
     )
-    shared = 5 * KEYS * size + KEYS * 64 * 2 + 4 * 64 * size + _BACKWARD_STAGES * (5 * 64 * size + 1024) + 1024
-    defines = {"HEAD_DIM": size, "CAUSAL": int(causal), "IN_FP16": half}
+    shared = launch.shared_bytes(size)
+    defines = {"HEAD_DIM": size, "CAUSAL": int(causal), "IN_FP16": half, **launch.defines}
     run = kernel("backward.cu", "attention_backward", device, shared, **defines)
-    run((blocks, groups, batch), 384, *maps, params)
+    run((-(-keys // launch.keys), groups, batch), 128 * (launch.groups + 1), *maps, params)
     finish = _FinishParams(sums.data_ptr(), dq.data_ptr(), heads, rows)
     kernel("backward_prepare.cu", "backward_finish", device, 0, HEAD_DIM=size, IN_FP16=half)(
         (padded // 64, heads, batch), 256, finish

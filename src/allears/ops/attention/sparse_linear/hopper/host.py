@@ -25,6 +25,10 @@ _K_STAGES, _V_STAGES, _TOTALS_STAGES = 3, 4, 8
 _V_STAGE = _COLUMNS * BLOCK_K + HEAD_DIM * BLOCK_K
 _SHARED = 4 * 128 * 128 + 2 * 128 * 128 + _K_STAGES * BLOCK_K * 128 + _V_STAGES * _V_STAGE + 2 * _COLUMNS * 128 + 1024
 _TOTALS_SHARED = _TOTALS_STAGES * _V_STAGE + 1024
+EARLY = True
+"""Whether a kernel begins while the one before it ends; see ``hopper/early.cuh``."""
+L2_HINTS = False
+"""Whether the cache is asked to keep key blocks; see ``hopper/forward.cu``."""
 _SHARES_FRACTION = 0.012  # of the bytes of q, k and v: for shares of sums
 FOLDER = Path(__file__).parent
 
@@ -33,7 +37,7 @@ class _PrepareParams(ctypes.Structure):
     _fields_ = tuple(
         (name, c_void_p)
         for name in (
-            "q", "k", "v", "q_pool", "k_pool", "k_mean", "v_max", "partial", "done", "records", "k_scale",
+            "q", "k", "v", "q_pool", "k_pool", "k_mean", "v_max", "partial", "done", "records", "k_scale", "counter",
         )
     ) + tuple(
         (f"{x}_{axis}", c_longlong) for x in ("q", "k", "v") for axis in ("batch", "row", "head")
@@ -63,7 +67,9 @@ class _ForwardParams(ctypes.Structure):
 
 
 def _kernel(file: str, function: str, device: torch.device, shared_bytes: int, half: bool) -> Kernel:
-    return kernel(file, function, device, shared_bytes, FOLDER, HEAD_DIM=HEAD_DIM, IN_FP16=int(half))
+    return kernel(
+        file, function, device, shared_bytes, FOLDER, HEAD_DIM=HEAD_DIM, IN_FP16=int(half), L2_HINTS=int(L2_HINTS)
+    )
 
 
 def statistics(q: Tensor, k: Tensor, v: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,10 +81,11 @@ def statistics(q: Tensor, k: Tensor, v: Tensor, smooth: bool) -> tuple[Tensor, T
     q_pool = q.new_empty(batch, heads, -(-queries // BLOCK_Q), HEAD_DIM, dtype=torch.float32)
     k_pool = q.new_empty(batch, groups, -(-keys // BLOCK_K), HEAD_DIM, dtype=torch.float32)
     k_mean = q.new_empty(batch, groups, HEAD_DIM, dtype=torch.float32)
-    v_max = q.new_zeros(batch, groups, HEAD_DIM, dtype=torch.float32)
+    zeros = q.new_zeros(batch * groups, HEAD_DIM + 1, dtype=torch.float32).flatten()
+    v_max = zeros[: batch * groups * HEAD_DIM].view(batch, groups, HEAD_DIM)
     q_parts, k_parts = -(-queries // _PART), -(-keys // _PART)
     partial = q.new_empty(batch, groups, k_parts, HEAD_DIM, dtype=torch.float32)
-    done = q.new_zeros(batch, groups, dtype=torch.int32)
+    done = zeros[batch * groups * HEAD_DIM :]
     params = _prepare_params(
         q, k, v, k_mean, v_max, q_pool=q_pool, k_pool=k_pool, partial=partial, done=done, smooth=smooth
     )
@@ -127,10 +134,11 @@ def _prepare_params(
     partial: Tensor | None = None,
     done: Tensor | None = None,
     scratch: _Scratch | None = None,
+    counter: Tensor | None = None,
     smooth: bool = False,
 ) -> _PrepareParams:
     records, k_scale = scratch[:2] if scratch else (None, None)
-    tensors = (q, k, v, q_pool, k_pool, k_mean, v_max, partial, done, records, k_scale)
+    tensors = (q, k, v, q_pool, k_pool, k_mean, v_max, partial, done, records, k_scale, counter)
     strides = [x.stride(axis) for x in (q, k, v) for axis in range(3)]
     queries, keys, groups = q.shape[1], k.shape[1], k.shape[2]
     return _PrepareParams(
@@ -192,27 +200,27 @@ def attend(
     multiprocessors = _multiprocessors(device)
     at_once, splits = _turns(q, k, v, scratch_fraction, multiprocessors)
     scratch = _scratch(q, batch * at_once, k_blocks, splits)
-    turns = -(-groups // at_once)
-    counters = q.new_zeros(turns, dtype=torch.int32)
+    counter = q.new_empty(1, dtype=torch.int32)
     shared = heads // groups
-    prepare = _prepare_params(q, k, v, k_mean, v_max, scratch=scratch)
+    prepare = _prepare_params(q, k, v, k_mean, v_max, scratch=scratch, counter=counter)
     params = _ForwardParams(
         None if lse is None else lse.data_ptr(), rows.data_ptr(), count.data_ptr(),
         ratio.data_ptr(), scratch.records.data_ptr(), scratch.k_scale.data_ptr(), k_mean.data_ptr(),
         v_max.data_ptr(),
-        scratch.partial.data_ptr(), scratch.totals.data_ptr(), scratch.total_ones.data_ptr(), counters.data_ptr(),
+        scratch.partial.data_ptr(), scratch.totals.data_ptr(), scratch.total_ones.data_ptr(), counter.data_ptr(),
         batch, heads, groups, queries, keys, q_blocks, k_blocks, width, splits, 0, heads, scale * math.log2(math.e),
     )  # fmt: skip
     q_map, out_map = (tensor_map(x, (1, 64, 1, 64), 128) for x in (q, out))
-    quantise = _kernel("prepare.cu", "quantise", device, 0, half).bind(512, prepare)
-    totals = _kernel("forward.cu", "linear_totals", device, _TOTALS_SHARED, half).bind(384, params)
-    add = _kernel("forward.cu", "add_totals", device, 0, half).bind(128, params)
-    forward = _kernel("forward.cu", "sparse_forward", device, _SHARED, half).bind(384, q_map, out_map, params)
-    for turn, first in enumerate(range(0, groups, at_once)):
+    early = EARLY
+    quantise = _kernel("prepare.cu", "quantise", device, 0, half).bind(512, prepare, early=early)
+    totals = _kernel("forward.cu", "linear_totals", device, _TOTALS_SHARED, half).bind(384, params, early=early)
+    add = _kernel("forward.cu", "add_totals", device, 0, half).bind(128, params, early=early)
+    forward = _kernel("forward.cu", "sparse_forward", device, _SHARED, half)
+    forward = forward.bind(384, q_map, out_map, params, early=early)
+    for first in range(0, groups, at_once):
         here = min(at_once, groups - first)
         prepare.groups, prepare.first_group = here, first
         params.groups, params.heads, params.first_head = here, here * shared, first * shared
-        params.counter = counters.data_ptr() + 4 * turn
         quantise(-(-keys // 128), here, batch)
         totals(splits, batch * here, 1)
         add(2 * 17, batch * here, 1)

@@ -1,4 +1,5 @@
 #include "common.cuh"
+#include "early.cuh"
 
 // What sparse-linear attention needs of Q, K and V before its main kernel, for a head size of 128.
 //
@@ -25,6 +26,7 @@ struct Params {
   int* done;         // (B, G), zero at launch
   u8* records;       // (B, G, N_k, 3, 64 * D): K8 (tokens, channels), phi(K)8 and V8 (channels, tokens), swizzled as the products read them
   float* k_scale;    // (B, G, N_k)
+  int* counter;      // quantise sets it to zero, for the kernel after it
   // quantise takes ``groups`` key heads from ``first_group`` of ``all_groups`` on, of which records and k_scale know no others
   long long q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head;
   int heads, groups, queries, keys, q_blocks, k_blocks, q_parts, k_parts, smooth, first_group, all_groups;
@@ -150,6 +152,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) quantise(const __grid_c
   __shared__ float tops[2][THREADS / 32];
   __shared__ alignas(16) u8 phi_tile[TOKENS * (HEAD_DIM + 4)];
   __shared__ alignas(16) u8 v_tile[TOKENS * (HEAD_DIM + 4)];
+  after_the_kernel_before();
+  if (blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x == 0) *p.counter = 0;
   int first = blockIdx.x * TOKENS, g = blockIdx.y, b = blockIdx.z, row = b * p.groups + g, all = b * p.all_groups + p.first_group + g;
   int chunk = threadIdx.x % CHUNKS, r0 = threadIdx.x / CHUNKS;
   const u16* k = (const u16*)p.k + b * p.k_batch + (p.first_group + g) * p.k_head;
