@@ -80,12 +80,15 @@ def _macros(launch: ForwardLaunch | BackwardLaunch) -> dict[str, int]:
 
 
 FORWARD: dict[tuple[Values, int], ForwardLaunch] = {
-    ("fp8", 64): ForwardLaunch(),
+    ("fp8", 64): ForwardLaunch(skip=True),
     ("fp8", 128): ForwardLaunch(),
-    ("int8", 64): ForwardLaunch(),
-    ("int8", 128): ForwardLaunch(),
+    ("int8", 64): ForwardLaunch(p_unsigned=True),
+    ("int8", 128): ForwardLaunch(p_unsigned=True),
 }
 """By the dtype of P and V, and the head size."""
 
-BACKWARD: dict[int, BackwardLaunch] = {64: BackwardLaunch(), 128: BackwardLaunch()}
+BACKWARD: dict[int, BackwardLaunch] = {
+    64: BackwardLaunch(groups=3, late=True, turns=True, p_unsigned=True),
+    128: BackwardLaunch(p_unsigned=True),
+}
 """By the head size."""
