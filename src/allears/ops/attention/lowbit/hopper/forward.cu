@@ -12,6 +12,7 @@
 //   P_UNSIGNED  INT8: P in 0 to 255, not 127; rounded and packed by its conversion to float16
 
 #include "common.cuh"
+#include "early.cuh"
 #include "mma.cuh"
 
 #if (SPLIT_S && HEAD_DIM != 64) || (LAZY_MAX && PV_INT8) || (P_UNSIGNED && !PV_INT8)
@@ -57,7 +58,7 @@ struct Params {
   signed char* q8;      // (B, H, L_q, D), SAVE_Q
   float* q_scale;       // (B, H, L_q), SAVE_Q
   float* lse2;          // (B, H, L_q), SAVE_Q: base 2, without the part of the mean of K
-  int* counter;         // zero at launch
+  int* counter;         // two, zero at launch and at the end: items taken beyond the first of each block, blocks that have ended
   long long q_batch, q_row, q_head;  // strides in elements
   int batches, heads, groups, rows, keys, blocks, row_tiles, head_chunk;
   float scale;          // softmax scale * log2 e
@@ -231,6 +232,7 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
   fence_async_shared();
 #endif
   __syncthreads();
+  after_the_kernel_before();
   int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1, t = threadIdx.x % 128;
   int count = p.row_tiles * p.head_chunk * ((p.heads * p.batches + p.head_chunk - 1) / p.head_chunk);
 
@@ -262,7 +264,10 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
       barrier_wait(item_empty + 8 * (n & 1), ((n >> 1) & 1) ^ 1);
       next_item[n & 1] = index;
       barrier_arrive(item_full + 8 * (n & 1));
-      if (index >= count) return;
+      if (index >= count) {
+        if (atomicAdd(p.counter + 1, 1) == (int)gridDim.x - 1) p.counter[0] = p.counter[1] = 0;  // for the next launch
+        return;
+      }
       Item it;
       if (!take(p, index, it) || it.tile * Q_ROWS >= it.rows) continue;
       for (int j = it.tiles - 1; j >= 0; j--) {

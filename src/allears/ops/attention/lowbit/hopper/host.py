@@ -20,6 +20,8 @@ KEYS = 128
 _FOLDER = Path(__file__).parent
 _STAGES = 4
 _GROUPS = 3  # warpgroups that compute in the forward
+EARLY = True
+"""Whether a kernel begins while the one before it ends; see ``early.cuh``."""
 
 
 class _QuantiseParams(ctypes.Structure):
@@ -66,12 +68,14 @@ class QuantisedKV(NamedTuple):
         v: (B, G, D, N * 128) uint8 (E4M3) or int8, tokens of each 16 in operand order.
         scales: (B, G, N, 2), of K and of V.
         mean: (B, G, D) float32, what was taken off K, or ``None``.
+        counter: (2,) int32 zeros, which a forward counts in and leaves as zeros; ``None`` for a backward alone.
     """
 
     k: Tensor
     v: Tensor
     scales: Tensor
     mean: Tensor | None
+    counter: Tensor | None = None
 
 
 def quantise_kv(k: Tensor, v: Tensor, pv: Literal["fp8", "int8"], smooth: bool) -> QuantisedKV:
@@ -84,10 +88,11 @@ def quantise_kv(k: Tensor, v: Tensor, pv: Literal["fp8", "int8"], smooth: bool) 
     k8 = torch.empty(batch, groups, blocks * KEYS, size, device=device, dtype=torch.int8)
     v8 = torch.empty(batch, groups, size, blocks * KEYS, device=device, dtype=torch.int8)
     mean = partial = done = None
+    counters = torch.zeros(2 + (batch * groups if smooth else 0), device=device, dtype=torch.int32)
     if smooth:
         mean = torch.empty(batch, groups, size, device=device, dtype=torch.float32)
         partial = torch.empty(batch, groups, parts, size, device=device, dtype=torch.float32)
-        done = torch.zeros(batch, groups, device=device, dtype=torch.int32)
+        done = counters[2:]
     params = _QuantiseParams(
         k.data_ptr(), v.data_ptr(), k8.data_ptr(), v8.data_ptr(), scales.data_ptr(),
         _pointer(partial), _pointer(mean), _pointer(done),
@@ -96,8 +101,9 @@ def quantise_kv(k: Tensor, v: Tensor, pv: Literal["fp8", "int8"], smooth: bool) 
     defines = {"HEAD_DIM": size, "V_INT8": int(pv == "int8"), "IN_FP16": int(k.dtype == torch.float16)}
     if smooth:
         kernel("quantise.cu", "key_mean", device, 0, **defines)((parts, groups, batch), 256, params)
-    kernel("quantise.cu", "quantise_kv", device, 0, **defines)((blocks, groups, batch), 4 * size, params)
-    return QuantisedKV(k8, v8, scales, mean)
+    quantise = kernel("quantise.cu", "quantise_kv", device, 0, **defines)
+    quantise.bind(4 * size, params, early=EARLY and smooth)(blocks, groups, batch)
+    return QuantisedKV(k8, v8, scales, mean, counters[:2])
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -132,12 +138,12 @@ def attend(
     batch, rows, heads, size = q.shape
     groups, blocks = kv.scales.shape[1:3]
     device = q.device
+    counter = torch.zeros(2, device=device, dtype=torch.int32) if kv.counter is None else kv.counter
     out = torch.empty(batch, rows, heads, size, device=device, dtype=q.dtype)
     lse = torch.empty(batch, heads, rows, device=device, dtype=torch.float32) if need_lse else None
     q8 = torch.empty(batch, heads, rows, size, device=device, dtype=torch.int8) if save_q else None
     q_scale = torch.empty(batch, heads, rows, device=device, dtype=torch.float32) if save_q else None
     lse2 = torch.empty(batch, heads, rows, device=device, dtype=torch.float32) if save_q else None
-    counter = torch.zeros(1, device=device, dtype=torch.int32)
     k_map = tensor_map(kv.k.view(batch * groups, blocks * KEYS, size), (1, KEYS, size), size)
     v_map = tensor_map(kv.v.view(batch * groups, size, blocks * KEYS), (1, size, KEYS), 128)
     row_tiles = -(-rows // (64 * _GROUPS))
@@ -156,7 +162,8 @@ def attend(
     shared = (1 + launch.q_ahead) * _GROUPS * 64 * size + 2 * _STAGES * KEYS * size + 1024 + _STAGES * 1024
     run = kernel("forward.cu", "attention_forward", device, shared, **defines, **launch.defines)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    run((min(multiprocessors, row_tiles * heads * batch), 1, 1), 128 * (_GROUPS + 1), k_map, v_map, params)
+    launch_forward = run.bind(128 * (_GROUPS + 1), k_map, v_map, params, early=EARLY)
+    launch_forward(min(multiprocessors, row_tiles * heads * batch), 1, 1)
     return Forward(out, lse, q8, q_scale, lse2)
 
 

@@ -1,4 +1,5 @@
 #include "common.cuh"
+#include "early.cuh"
 
 // Smoothing and quantisation of K and V, in one pass over V and two over K.
 //
@@ -31,6 +32,7 @@ struct Params {
 extern "C" __global__ void __launch_bounds__(256) key_mean(const __grid_constant__ Params p) {
   __shared__ float sums[MEAN_ROWS][HEAD_DIM];
   __shared__ int last;
+  let_the_next_begin();
   int part = blockIdx.x, g = blockIdx.y, b = blockIdx.z;
   int rows = p.rows;
   int chunk = threadIdx.x % CHUNKS, r0 = threadIdx.x / CHUNKS;
@@ -83,18 +85,25 @@ DEVICE float block_max(float x, bool& bad, float* shared) {
   return top;
 }
 
-DEVICE float load_block(const void* source, long long base, long long stride, int first, int rows, float (&x)[PER_THREAD][8], const float* mean,
-                        bool& bad) {
+DEVICE void load_block(const void* source, long long base, long long stride, int first, int rows, uint4 (&raw)[PER_THREAD]) {
+  int chunk = threadIdx.x % CHUNKS, r0 = threadIdx.x / CHUNKS;
+#pragma unroll
+  for (int n = 0; n < PER_THREAD; n++) {
+    int r = first + r0 + n * ROWS_AT_ONCE;
+    raw[n] = r < rows ? __ldg((const uint4*)((const u16*)source + base + (long long)r * stride + chunk * 8)) : make_uint4(0, 0, 0, 0);
+  }
+}
+
+// What was loaded in float32, less the mean, and its largest magnitude; rows past the end are 0.
+DEVICE float unpack_block(const uint4 (&raw)[PER_THREAD], int first, int rows, float (&x)[PER_THREAD][8], const float* mean, bool& bad) {
   int chunk = threadIdx.x % CHUNKS, r0 = threadIdx.x / CHUNKS;
   float top = 0.0f, m[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) m[i] = mean ? mean[chunk * 8 + i] : 0.0f;
 #pragma unroll
   for (int n = 0; n < PER_THREAD; n++) {
-    int r = first + r0 + n * ROWS_AT_ONCE;
-    bool inside = r < rows;
-    uint4 raw = inside ? __ldg((const uint4*)((const u16*)source + base + (long long)r * stride + chunk * 8)) : make_uint4(0, 0, 0, 0);
-    u32 w[4] = {raw.x, raw.y, raw.z, raw.w};
+    bool inside = first + r0 + n * ROWS_AT_ONCE < rows;
+    u32 w[4] = {raw[n].x, raw[n].y, raw[n].z, raw[n].w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       unpack16(w[i], x[n][2 * i], x[n][2 * i + 1]);
@@ -110,7 +119,7 @@ DEVICE float load_block(const void* source, long long base, long long stride, in
   return top;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) quantise_kv(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM == 128 ? 2 : 3) quantise_kv(const __grid_constant__ Params p) {
   __shared__ float shared[THREADS / 32];
   __shared__ alignas(16) u8 tile[KEYS * (HEAD_DIM + 4)];
   // Backwards: what key_mean read last may still be in the cache.
@@ -124,8 +133,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantise_kv(const __grid_c
   k_base += (long long)b * p.k_batch;
   v_base += (long long)b * p.v_batch;
   const float* mean = p.mean ? p.mean + ((long long)b * p.groups + g) * HEAD_DIM : nullptr;
+  uint4 k_raw[PER_THREAD], v_raw[PER_THREAD];
+  load_block(p.k, k_base, p.k_row, block * KEYS, rows, k_raw);
+  load_block(p.v, v_base, p.v_row, block * KEYS, rows, v_raw);  // on its way while K is made
+  after_the_kernel_before();  // for its mean
   bool bad = false;
-  float top = block_max(load_block(p.k, k_base, p.k_row, block * KEYS, rows, x, mean, bad), bad, shared);
+  float top = block_max(unpack_block(k_raw, block * KEYS, rows, x, mean, bad), bad, shared);
   float scale = bad ? __int_as_float(0x7fc00000) : top / 127.0f, inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
   if (threadIdx.x == 0) p.scales[storage * p.blocks + block].x = scale;
   signed char* k_to = p.k8 + (storage * p.blocks + block) * KEYS * HEAD_DIM;
@@ -138,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantise_kv(const __grid_c
         make_uint2(pack_bytes(y[0], y[1], y[2], y[3]), pack_bytes(y[4], y[5], y[6], y[7]));
   }
   bad = false;
-  top = block_max(load_block(p.v, v_base, p.v_row, block * KEYS, rows, x, nullptr, bad), bad, shared);
+  top = block_max(unpack_block(v_raw, block * KEYS, rows, x, nullptr, bad), bad, shared);
 #if V_INT8
   scale = bad ? __int_as_float(0x7fc00000) : top / 127.0f;
 #else

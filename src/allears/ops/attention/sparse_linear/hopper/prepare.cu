@@ -148,6 +148,26 @@ DEVICE float half_warp_sum(float x) {
   return x;
 }
 
+DEVICE void load_mean(float (&m)[8], const float* from) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    float4 y;  // volatile: read again rather than kept, as registers are few
+    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w) : "l"(from + 4 * i));
+    m[4 * i] = y.x, m[4 * i + 1] = y.y, m[4 * i + 2] = y.z, m[4 * i + 3] = y.w;
+  }
+}
+
+// 8 channels of a key less their mean; zeros past the last key.
+DEVICE void centred(float (&x)[8], uint4 raw, const float (&m)[8], bool inside) {
+  u32 w[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    unpack16(w[i], x[2 * i], x[2 * i + 1]);
+#pragma unroll
+    for (int e = 0; e < 2; e++) x[2 * i + e] = inside ? x[2 * i + e] - m[2 * i + e] : 0.0f;
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 2) quantise(const __grid_constant__ Params p) {
   __shared__ float tops[2][THREADS / 32];
   __shared__ alignas(16) u8 phi_tile[TOKENS * (HEAD_DIM + 4)];
@@ -165,33 +185,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) quantise(const __grid_c
     bool inside = r < p.keys;
     raw[n] = inside ? __ldg((const uint4*)(k + r * p.k_row + chunk * 8)) : make_uint4(0, 0, 0, 0);
   }
-  float m[8], x[EACH][8], top[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    float4 y = __ldg((const float4*)(p.k_mean + all * HEAD_DIM + chunk * 8) + i);
-    m[4 * i] = y.x, m[4 * i + 1] = y.y, m[4 * i + 2] = y.z, m[4 * i + 3] = y.w;
-  }
+  float m[8], top[2] = {0.0f, 0.0f};
+  load_mean(m, p.k_mean + all * HEAD_DIM + chunk * 8);
 #pragma unroll
   for (int n = 0; n < EACH; n++) {
     bool inside = first + r0 + n * AT_ONCE < p.keys;
-    u32 w[4] = {raw[n].x, raw[n].y, raw[n].z, raw[n].w};
-    float most = -INFINITY_F;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      unpack16(w[i], x[n][2 * i], x[n][2 * i + 1]);
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        float y = inside ? x[n][2 * i + e] - m[2 * i + e] : 0.0f;
-        x[n][2 * i + e] = y;
-        top[n / 2] = max_nan(top[n / 2], fabsf(y));
-        most = fmaxf(most, y);
-      }
-    }
-    most = half_warp_max(most) * LOG2E;
-    float e[8], sum = 0.0f;
+    float e[8], most = -INFINITY_F, sum = 0.0f;
+    centred(e, raw[n], m, inside);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      e[i] = exp2_fast(fmaf(x[n][i], LOG2E, -most));
+      top[n / 2] = max_nan(top[n / 2], fabsf(e[i]));
+      most = fmaxf(most, e[i]);
+    }
+    most = half_warp_max(most) * LOG2E;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      e[i] = exp2_fast(fmaf(e[i], LOG2E, -most));
       sum += e[i];
     }
     sum = half_warp_sum(sum);
@@ -206,10 +215,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) quantise(const __grid_c
     for (int d = 16; d; d >>= 1) top[half] = max_nan(top[half], __shfl_xor_sync(0xffffffffu, top[half], d));
     if (threadIdx.x % 32 == 0) tops[half][threadIdx.x / 32] = top[half];
   }
+  uint4 raw_v[EACH];  // K stays as it came, and is centred again below: its differences in float32 would take twice the registers, too many
 #pragma unroll
   for (int n = 0; n < EACH; n++) {
     int r = first + r0 + n * AT_ONCE;
-    raw[n] = r < p.keys ? __ldg((const uint4*)(v + r * p.v_row + chunk * 8)) : make_uint4(0, 0, 0, 0);
+    raw_v[n] = r < p.keys ? __ldg((const uint4*)(v + r * p.v_row + chunk * 8)) : make_uint4(0, 0, 0, 0);
   }
   float inverse_v[8];
 #pragma unroll
@@ -219,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) quantise(const __grid_c
   }
 #pragma unroll
   for (int n = 0; n < EACH; n++) {
-    u32 w[4] = {raw[n].x, raw[n].y, raw[n].z, raw[n].w};
+    u32 w[4] = {raw_v[n].x, raw_v[n].y, raw_v[n].z, raw_v[n].w};
     float y[8];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -246,12 +256,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) quantise(const __grid_c
   }
   u8* to = p.records + ((long long)row * p.k_blocks + 2 * blockIdx.x) * RECORD;
   int blocks = min(2, p.k_blocks - 2 * (int)blockIdx.x);
+  load_mean(m, p.k_mean + all * HEAD_DIM + chunk * 8);
 #pragma unroll
   for (int n = 0; n < EACH; n++) {
     if (n / 2 >= blocks) break;
     float y[8];
+    centred(y, raw[n], m, first + r0 + n * AT_ONCE < p.keys);
 #pragma unroll
-    for (int i = 0; i < 8; i++) y[i] = fmaf(x[n][i], inverse[n / 2], MAGIC);
+    for (int i = 0; i < 8; i++) y[i] = fmaf(y[i], inverse[n / 2], MAGIC);
     *(uint2*)(to + n / 2 * RECORD + chunk_offset<128>(r0 + n % 2 * AT_ONCE, chunk / 2) + chunk % 2 * 8) =
         make_uint2(pack_bytes(y[0], y[1], y[2], y[3]), pack_bytes(y[4], y[5], y[6], y[7]));
   }
