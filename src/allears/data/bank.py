@@ -32,10 +32,10 @@ class AudioBank:
     int64 ``(items,)``. A selection shares ``audio`` with the bank that it came from.
     """
 
-    audio: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    items: list[Item]
+    audio: np.ndarray = field(repr=False)
+    starts: np.ndarray = field(repr=False)
+    lengths: np.ndarray = field(repr=False)
+    items: list[Item] = field(repr=False)
     _index: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ def waits_of_the_compiler(log):
     return [line for line in log.splitlines() if "instructions are serialized" in line or "is injected" in line]
 
 
-# 128 keys a tile: a product of 32 terms is an instruction, for Q K^T (two with split_s) and, over the keys, for P V.
+# 128 keys a tile: a product of 32 terms is an instruction, for Q K^T and, over the keys, for P V.
 @pytest.mark.parametrize(
     ("defines", "launch", "wanted"),
     [
@@ -58,17 +58,17 @@ def waits_of_the_compiler(log):
         ),
         (
             {"HEAD_DIM": 64, "CAUSAL": 1, "PV_INT8": 0, "IN_FP16": 1, "SAVE_Q": 0},
-            ForwardLaunch(split_s=True, skip=True, q_ahead=True, lazy_max=True),
-            {"IGMMA": 4, "QGMMA": 4},
+            ForwardLaunch(skip=True),
+            {"IGMMA": 2, "QGMMA": 4},
         ),
         (
             {"HEAD_DIM": 64, "CAUSAL": 1, "PV_INT8": 1, "IN_FP16": 0, "SAVE_Q": 1},
-            ForwardLaunch(split_s=True, skip=True, q_ahead=True, p_unsigned=True),
-            {"IGMMA": 8, "IDP": 16},
+            ForwardLaunch(skip=True),
+            {"IGMMA": 6, "IDP": 16},
         ),
         (
             {"HEAD_DIM": 128, "CAUSAL": 1, "PV_INT8": 1, "IN_FP16": 0, "SAVE_Q": 1},
-            ForwardLaunch(p_unsigned=True),
+            ForwardLaunch(),
             {"IGMMA": 8, "IDP": 16},
         ),
     ],
@@ -76,8 +76,7 @@ def waits_of_the_compiler(log):
 def test_forward_multiplies_in_8_bits(defines, launch, wanted, caplog):
     pytest.importorskip("triton", reason="its disassembler is used: pip install 'allears[gpu]'")
     code, log = build("forward.cu", caplog, **defines, **launch.defines)
-    # Without a division in the 32 registers of the warps that quantise Q ahead, nothing spills.
-    check_log(log, ["attention_forward"], spilled_bytes=80 if launch.q_ahead else 24)
+    check_log(log, ["attention_forward"], spilled_bytes=24)
     counts = opcodes(code)
     assert all(counts[name] >= least for name, least in wanted.items()), counts
     assert not counts["HGMMA"] and not counts["HMMA"] and bool(counts["QGMMA"]) == ("QGMMA" in wanted)
@@ -96,9 +95,9 @@ def test_serialised_products_are_seen(caplog):
 @pytest.mark.parametrize(
     ("size", "causal", "launch", "integer", "half"),
     [
-        (128, 1, BackwardLaunch(late=True, p_unsigned=True), 12, 16),
+        (128, 1, BackwardLaunch(late=True), 12, 16),
         (64, 0, BackwardLaunch(), 6, 12),
-        (64, 1, BackwardLaunch(groups=3, late=True, turns=True, p_unsigned=True), 6, 16),
+        (64, 1, BackwardLaunch(groups=3, late=True, turns=True), 6, 16),
     ],
 )
 def test_backward_multiplies_in_8_and_16_bits(size, causal, launch, integer, half, caplog):
@@ -127,9 +126,6 @@ def test_launches_that_there_are_fit():
     """The table knows both head sizes, and asks only for what the kernels can do."""
     assert set(launches.FORWARD) == {(pv, size) for pv in ("fp8", "int8") for size in (64, 128)}
     assert set(launches.BACKWARD) == {64, 128}
-    assert not any(launch.split_s for (_, size), launch in launches.FORWARD.items() if size == 128)
-    for (pv, _), launch in launches.FORWARD.items():
-        assert not (launch.lazy_max and pv == "int8") and not (launch.p_unsigned and pv == "fp8")
     for size, launch in launches.BACKWARD.items():
         assert launch.late or not launch.turns
         assert launch.turns or launch.groups == 2

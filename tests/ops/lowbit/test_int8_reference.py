@@ -8,12 +8,9 @@ from tests.ops.lowbit.textbook import TILE, attend, dense, inputs, rel
 from allears.ops.attention.lowbit.int8_reference import int8_forward
 from allears.ops.attention.lowbit.options import LowBit
 from allears.ops.attention.lowbit.quantise import (
-    dequantise_blocks,
-    dequantise_rows,
     quantise_e4m3_blocks,
     quantise_int8_blocks,
     quantise_int8_rows,
-    to_e4m3,
 )
 from allears.ops.attention.lowbit.varlen import over_sequences
 
@@ -176,26 +173,3 @@ def test_head_sizes_above_256_are_refused():
     x = torch.zeros(1, 2, 1, 257)
     with pytest.raises(ValueError, match="257"):
         int8_forward(x, x, x, pv="fp8")
-
-
-@pytest.mark.parametrize("sigma", [1, 3])
-def test_weights_in_e4m3_keep_their_error_when_the_maximum_lags(sigma):
-    """Hopper's ``lazy_max`` leaves 2 bits above a row's maximum. An E4M3 value keeps its relative error there, but a
-    row's largest weight is no longer exact: 1 to 3 % more error, below the .040 of SageAttention 2.2 at sigma 1.
-    """
-    torch.manual_seed(sigma)
-    q, k, v = (torch.randn(1, n, 1, 64) * s for n, s in ((256, sigma), (3072, sigma), (3072, 1)))
-    exact, _ = dense(q, k, v)
-    (q8, q_scale), (k8, k_scale), (v8, v_scale) = (
-        quantise_int8_rows(q),
-        quantise_int8_blocks(k - k.mean(1, keepdim=True)),
-        quantise_e4m3_blocks(v),
-    )
-    logits = dequantise_rows(q8, q_scale)[0, :, 0] @ dequantise_blocks(k8, k_scale)[0, :, 0].T / 8
-    values = dequantise_blocks(v8, v_scale)[0, :, 0]
-    weights = (logits - logits.amax(-1, keepdim=True)).exp()
-    errors = []
-    for top in (448.0, 448.0 * 2**-2.0, *(448.0 * 2 ** (-2 * torch.rand(3, 256, 1)))):  # any lag, a row at a time
-        p = to_e4m3(weights * top).float()
-        errors.append(rel(p @ values / p.sum(-1, keepdim=True), exact[0, :, 0]))
-    assert max(errors) < 1.04 * errors[0] and max(errors) < (0.040 if sigma == 1 else 0.050)

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 from allears import AttentionSpec, attention, explain
 from allears.ops.attention import LowBit, dispatch
 from allears.ops.attention.lowbit import backends, ops, ops_sagebwd
-from allears.ops.attention.lowbit.hopper import host, launches
+from allears.ops.attention.lowbit.hopper import host
 from allears.ops.attention.lowbit.int8_reference import int8_forward
 from allears.ops.attention.lowbit.sagebwd_reference import (
     SageSaved,
@@ -231,21 +231,18 @@ def errors_of(spec, q, k, v, causal, d_out=None):
     return [rel(a, b) if b.any() else 0.0 for a, b in zip(results, (exact_out, *exact), strict=True)], results
 
 
-def p_tops(kernel, size):
-    """The integer of the largest P in sagebwd's forward and backward."""
-    known = 64 if size <= 64 else 128
-    chosen = launches.FORWARD["int8", known], launches.BACKWARD[known]
-    return [255.0 if kernel == "hopper" and launch.p_unsigned else 127.0 for launch in chosen]
+def p_top(kernel):
+    """The integer of the largest P in sagebwd."""
+    return 255.0 if kernel == "hopper" else 127.0
 
 
 def sagebwd_reference(kernel, scales, q, k, v, causal, d_out=None):
     """Output and log-sum-exp, or output and gradients, of the reference with the P that ``kernel`` has."""
-    forward_top, backward_top = p_tops(kernel, q.shape[-1])
     how = {"causal": causal, "options": LowBit(grad_scales=scales)}
-    out, lse, saved = sagebwd_forward(q, k, v, **how, p_top=forward_top)
+    out, lse, saved = sagebwd_forward(q, k, v, **how, p_top=p_top(kernel))
     if d_out is None:
         return out, lse
-    return out, *sagebwd_backward(d_out, saved, **how, p_top=backward_top)
+    return out, *sagebwd_backward(d_out, saved, **how, p_top=p_top(kernel))
 
 
 GPU_KERNELS = [

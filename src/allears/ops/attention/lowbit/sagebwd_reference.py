@@ -82,7 +82,7 @@ def sagebwd_forward(
         causal: query ``i`` sees keys up to ``i + L_k - L_q``.
         scale: factor on the logits; ``None``: ``1 / sqrt(D)``.
         options: ``smooth_k`` and ``grad_scales`` count here.
-        p_top: the integer of a row's largest P: 127, or 255 as Hopper's kernel can have it (``hopper/launches.py``).
+        p_top: the integer of a row's largest P: 127, or 255 as in Hopper's kernels.
 
     Returns:
         Output (B, L_q, H, D) in q's dtype, the natural log-sum-exp of the logits of the given k, float32 (B, H, L_q),

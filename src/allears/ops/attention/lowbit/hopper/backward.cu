@@ -16,7 +16,6 @@
 //   LATE        dQ of a tile, which needs the dS of all warpgroups, is made one tile late, so that none waits; dS has two buffers for that
 //   TURNS       each tile's dQ is made by one warpgroup, in turn, and not half of its columns by each of two; with LATE and HEAD_DIM 64
 //   STAGES      buffers of what belongs to a tile of queries
-//   P_UNSIGNED  P in 0 to 255, not 127
 
 #if (GROUPS == 3 && !TURNS) || (TURNS && !(LATE && HEAD_DIM == 64))
 #error launches.py: GROUPS 3 needs TURNS, TURNS needs LATE and HEAD_DIM 64
@@ -44,7 +43,7 @@
 #define REGISTERS_PRODUCER "24"
 #define REGISTERS "240"
 #endif
-#define P_TOP (P_UNSIGNED ? 255.0f : 127.0f)
+#define P_TOP 255.0f  // P is never negative
 
 struct Params {
   const float4* columns;  // (B, H, padded)
@@ -325,7 +324,7 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
         }
       }
       u32 p8[8], ds8[8];
-      float2 p_scale = quantise_rows<P_UNSIGNED>(x, p8, P_TOP);
+      float2 p_scale = quantise_rows<true>(x, p8, P_TOP);
       mma_wait<0>();  // dP
       barrier_wait(ds_empty + 8 * buffer, ds_phase ^ 1);
 #pragma unroll
@@ -352,7 +351,7 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
       u64 do8 = do8_operand + at, qa = qa_operand + at;
       int part[32];
 #if GROUPS == 3  // few registers: one product at a time, the other warpgroups run meanwhile
-      product8<P_UNSIGNED>(part, p8, do8);
+      product8<true>(part, p8, do8);
       mma_wait<0>();
       add_up<0>(dv, part, p_scale);
       product8(part, ds8, qa);
@@ -363,8 +362,8 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
       int part2[32];
 #if HEAD_DIM == 128
       const int upper = 64 * 64 >> 4;  // rows 64 to 127 of D
-      product8<P_UNSIGNED>(part, p8, do8);
-      product8<P_UNSIGNED>(part2, p8, do8 + upper);
+      product8<true>(part, p8, do8);
+      product8<true>(part2, p8, do8 + upper);
       mma_wait<1>();
       add_up<0>(dv, part, p_scale);
       product8(part, ds8, qa);
@@ -374,7 +373,7 @@ attention_backward(const __grid_constant__ TensorMap k8_map, const __grid_consta
       mma_wait<1>();
       add_up<0>(dk, part, ds_scale);
 #else
-      product8<P_UNSIGNED>(part, p8, do8);
+      product8<true>(part, p8, do8);
       product8(part2, ds8, qa);
       mma_wait<1>();
       add_up<0>(dv, part, p_scale);

@@ -5,24 +5,15 @@
 // items (query tile, head, batch) until none are left.
 //
 // Defined by the host: HEAD_DIM (64 or 128), CAUSAL, PV_INT8, IN_FP16, SAVE_Q, and what launches.py chooses:
-//   SPLIT_S     the next tile's S in halves, the first beside this tile's P V, the second beside the sum of O (HEAD_DIM 64)
 //   SKIP        a warpgroup passes over tiles that all of its rows are hidden from, and over all of them if it has no rows
-//   Q_AHEAD     three warps of the producer's warpgroup quantise the next item's Q
-//   LAZY_MAX    FP8: maxima move only when a row outgrows them by 2 bits; P has that much room
-//   P_UNSIGNED  INT8: P in 0 to 255, not 127; rounded and packed by its conversion to float16
 
 #include "common.cuh"
 #include "early.cuh"
 #include "mma.cuh"
 
-#if (SPLIT_S && HEAD_DIM != 64) || (LAZY_MAX && PV_INT8) || (P_UNSIGNED && !PV_INT8)
-#error launches.py: SPLIT_S needs HEAD_DIM 64, LAZY_MAX FP8, P_UNSIGNED INT8
-#endif
 #define S_HOLDS_PV (PV_INT8 && HEAD_DIM == 128)  // P V into the registers of S, which is packed by then: without it they spill
 #define ONES (!PV_INT8)  // row sums of P by the matrix unit: V carries a column of ones
-#define SUM_BYTES (PV_INT8 && P_UNSIGNED)  // row sums of the packed P, four bytes an instruction
 #define GROUPS 3  // warpgroups that compute
-#define Q_BUFFERS (1 + Q_AHEAD)
 #define Q_ROWS (64 * GROUPS)
 #define THREADS (128 * (GROUPS + 1))
 #define KEYS 128
@@ -34,18 +25,13 @@
 #define OREGS (HEAD_DIM / 2)
 #define PREGS (OREGS + 4 * (ONES))
 #define V_STAGE (V_BYTES + 1024 * (ONES))
-#define HEADROOM 2.0f  // LAZY_MAX
-#if SUM_BYTES
+#if PV_INT8  // P in 0 to 255; the row sum is that of its bytes, four an instruction
 typedef int acc_t;
 #define P_SHIFT 7.99435343685886f   /* log2 255 */
 #define P_OFFSET (P_SHIFT - 24.0f)  /* float16 has no step below 2^-24: its conversion rounds P 2^-24 to an integer, in its lowest bits */
-#elif PV_INT8
-typedef int acc_t;
-#define P_SHIFT 6.98868468677217f  /* log2 127 */
-#define P_OFFSET P_SHIFT
 #else
 typedef float acc_t;
-#define P_SHIFT (8.80735492205760f - (LAZY_MAX ? HEADROOM : 0.0f))  /* log2 448 */
+#define P_SHIFT 8.80735492205760f  /* log2 448 */
 #define P_OFFSET P_SHIFT
 #endif
 
@@ -104,35 +90,11 @@ DEVICE void issue_s(int (&s)[64], u64 a, u64 b) {
   for (int k = 0; k < HEAD_DIM / 32; k++) mma_s8(s, a + 2 * k, b + 2 * k, k > 0);
 }
 
-#if SPLIT_S
-DEVICE void issue_half(int (&s)[64], int half, u64 a, u64 b) {
-  int (&to)[32] = *(int (*)[32])(s + 32 * half);
-#pragma unroll
-  for (int k = 0; k < HEAD_DIM / 32; k++) mma_s8(to, a + 2 * k, b + (half * 64 * HEAD_DIM >> 4) + 2 * k, k > 0);
-  mma_commit();
-}
-
-DEVICE void arrived(int (&s)[64], int half) {  // keeps what reads or writes this half on its side of a wait
-#pragma unroll
-  for (int i = 0; i < 32; i++) asm volatile("" : "+r"(s[32 * half + i])::"memory");
-}
-DEVICE void arrived(acc_t (&part)[PREGS]) {
-#pragma unroll
-#if PV_INT8
-  for (int i = 0; i < PREGS; i++) asm volatile("" : "+r"(part[i])::"memory");
-#else
-  for (int i = 0; i < PREGS; i++) asm volatile("" : "+f"(part[i])::"memory");
-#endif
-}
-#endif
-
 DEVICE void issue_pv(acc_t (&o)[PREGS], const u32 (&pa)[16], u64 b) {
 #pragma unroll
   for (int k = 0; k < 4; k++) {
-#if SUM_BYTES
+#if PV_INT8
     mma_u8_reg(o, pa[4 * k], pa[4 * k + 1], pa[4 * k + 2], pa[4 * k + 3], b + 2 * k, k > 0);
-#elif PV_INT8
-    mma_s8_reg(o, pa[4 * k], pa[4 * k + 1], pa[4 * k + 2], pa[4 * k + 3], b + 2 * k, k > 0);
 #else
     mma_e4m3_reg(o, pa[4 * k], pa[4 * k + 1], pa[4 * k + 2], pa[4 * k + 3], b + 2 * k, k > 0);
 #endif
@@ -197,16 +159,13 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
   extern __shared__ u8 raw_shared[];
   u8* base = aligned_shared(raw_shared);
   u8* q_shared = base;
-  u32 k_shared = shared_address(base + Q_BUFFERS * GROUPS * Q_BYTES);
+  u32 k_shared = shared_address(base + GROUPS * Q_BYTES);
   u32 v_shared = k_shared + STAGES * K_BYTES;
-  __shared__ alignas(8) u64 bars[4 * STAGES + 4 + 4 * GROUPS * Q_AHEAD];
+  __shared__ alignas(8) u64 bars[4 * STAGES + 4];
   __shared__ int next_item[2];
-  __shared__ float row_scales[Q_BUFFERS * Q_ROWS], row_biases[Q_BUFFERS * Q_ROWS];
+  __shared__ float row_scales[Q_ROWS], row_biases[Q_ROWS];
   u32 k_full = shared_address(bars), k_empty = k_full + 8 * STAGES, v_full = k_empty + 8 * STAGES, v_empty = v_full + 8 * STAGES;
   u32 item_full = v_empty + 8 * STAGES, item_empty = item_full + 16;
-#if Q_AHEAD
-  u32 q_full = item_empty + 16, q_empty = q_full + 16 * GROUPS;  // two for each warpgroup
-#endif
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       barrier_init(k_full + 8 * i, 1);
@@ -216,19 +175,13 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
     }
     for (int i = 0; i < 2; i++) {
       barrier_init(item_full + 8 * i, 1);
-      barrier_init(item_empty + 8 * i, 128 * GROUPS + 32 * GROUPS * Q_AHEAD);
+      barrier_init(item_empty + 8 * i, 128 * GROUPS);
     }
-#if Q_AHEAD
-    for (int i = 0; i < 2 * GROUPS; i++) {
-      barrier_init(q_full + 8 * i, 32);
-      barrier_init(q_empty + 8 * i, 128);
-    }
-#endif
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 #if ONES
   for (int i = threadIdx.x; i < STAGES * 256; i += THREADS)
-    ((u32*)(base + Q_BUFFERS * GROUPS * Q_BYTES + STAGES * K_BYTES + (i / 256) * V_STAGE + V_BYTES))[i % 256] = i % 256 < 32 ? 0x38383838u : 0u;
+    ((u32*)(base + GROUPS * Q_BYTES + STAGES * K_BYTES + (i / 256) * V_STAGE + V_BYTES))[i % 256] = i % 256 < 32 ? 0x38383838u : 0u;
   fence_async_shared();
 #endif
   __syncthreads();
@@ -238,25 +191,6 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
 
   if (group < 0) {  // ---- producer
     asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-#if Q_AHEAD
-    if (threadIdx.x >= 32) {  // warps 1 to 3: Q of a warpgroup each
-      int of = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) - 1, used = 0;
-      for (int n = 0;; n++) {
-        barrier_wait(item_full + 8 * (n & 1), (n >> 1) & 1);
-        int index = next_item[n & 1];
-        barrier_arrive(item_empty + 8 * (n & 1));
-        if (index >= count) return;
-        Item it;
-        if (!take(p, index, it) || it.tile * Q_ROWS >= it.rows) continue;
-        int buffer = 2 * of + (used & 1), rows_at = 64 * buffer;
-        barrier_wait(q_empty + 8 * buffer, ((used >> 1) & 1) ^ 1);
-        quantise_q_ahead(p, it, of, threadIdx.x % 32, q_shared + buffer * Q_BYTES, row_scales + rows_at, row_biases + rows_at);
-        fence_async_shared();
-        barrier_arrive(q_full + 8 * buffer);
-        used++;
-      }
-    }
-#endif
     if (threadIdx.x != 0) return;
     int stage = 0, phase = 0;
     for (int n = 0;; n++) {
@@ -285,8 +219,8 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
   // ---- consumers
   asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
   int warp = t / 32, lane = t % 32, r_a = warp * 16 + lane / 4, column0 = 2 * (lane % 4);
-  u8* q_bytes = q_shared + Q_BUFFERS * group * Q_BYTES;
-  float *scale_at = row_scales + Q_BUFFERS * 64 * group, *bias_at = row_biases + Q_BUFFERS * 64 * group;
+  u8* q_bytes = q_shared + group * Q_BYTES;
+  float *scale_at = row_scales + 64 * group, *bias_at = row_biases + 64 * group;
   u64 q_operand = operand<HEAD_DIM>(shared_address(q_bytes)), k_operand = operand<HEAD_DIM>(k_shared), v_operand = operand<128>(v_shared);
   bool leader = t == 0;
   int stage = 0, phase = 0;
@@ -299,9 +233,6 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
   acc_t part[PREGS];
 #endif
 
-#if Q_AHEAD
-  int used = 0;
-#endif
   for (int n = 0;; n++) {
     barrier_wait(item_full + 8 * (n & 1), (n >> 1) & 1);
     int index = next_item[n & 1];
@@ -309,19 +240,11 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
     if (index >= count) return;
     Item it;
     if (!take(p, index, it) || it.tile * Q_ROWS >= it.rows) continue;
-#if Q_AHEAD
-    int buffer = used & 1, q_buffer = 8 * (2 * group + buffer);
-    barrier_wait(q_full + q_buffer, (used >> 1) & 1);
-    used++;
-    u64 q_at = q_operand + buffer * (Q_BYTES >> 4);
-    int r_at = 64 * buffer + r_a;
-#else
     quantise_q(p, it, group, t, q_bytes, scale_at, bias_at);
     fence_async_shared();
     group_sync(1 + group);
     u64 q_at = q_operand;
     int r_at = r_a;
-#endif
     int row_a = it.tile * Q_ROWS + group * 64 + r_a;
     Row2 sq = {scale_at[r_at] * p.scale, scale_at[r_at + 8] * p.scale};
     Row2 m = {-INFINITY_F, -INFINITY_F}, at = m, l = {0.0f, 0.0f}, keep;
@@ -355,29 +278,10 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
       float2 now = __ldg(scales + j);
       barrier_wait(k_full + 8 * stage, phase);
       mma_fence();
-#if SPLIT_S
-      issue_half(s, 0, q_at, k_operand + stage * (K_BYTES >> 4));
-      mma_wait<0>();  // without it the compiler waits here
-      arrived(s, 0);
-      mma_fence();
-      issue_half(s, 1, q_at, k_operand + stage * (K_BYTES >> 4));
-      auto ready = [&](int half) __attribute__((always_inline)) {
-        if (half == 0) {
-          mma_wait<1>();
-        } else {
-          if (LAZY_MAX) arrived(s, 0);  // its exponentials come first
-          mma_wait<0>();
-          if (leader) barrier_arrive(k_empty + 8 * stage);
-        }
-        arrived(s, half);
-      };
-#else
       issue_s(s, q_at, k_operand + stage * (K_BYTES >> 4));
       mma_commit();
       mma_wait<0>();
       if (leader) barrier_arrive(k_empty + 8 * stage);
-      auto ready = [](int) {};
-#endif
 
       auto step = [&](auto masked_, auto last_) __attribute__((always_inline)) {
         constexpr bool masked = decltype(masked_)::value, last = decltype(last_)::value;
@@ -389,7 +293,7 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
         limit_a = min(limit, row_a + 1 + it.keys - it.rows - j * KEYS);
         limit_b = min(limit, row_a + 9 + it.keys - it.rows - j * KEYS);
 #endif
-        softmax<masked>(s, c, m, at, l, keep, limit_a, limit_b, column0, ready);
+        softmax<masked>(s, c, m, at, l, keep, limit_a, limit_b, column0);
         int next_stage = stage + 1 == STAGES ? 0 : stage + 1, next_phase = stage + 1 == STAGES ? phase ^ 1 : phase;
         float v_scale = now.y == 0.0f ? unit : now.y, ratio = unit * reciprocal(v_scale);
         Row2 keep_o = {keep.a * ratio, keep.b * ratio};
@@ -399,27 +303,9 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
         mma_fence();
         issue_pv(part, pa, v_operand + stage * (V_STAGE >> 4));
         mma_commit();
-#if SUM_BYTES
+#if PV_INT8
         sum_up(pa, c, l, keep);
 #endif
-#if SPLIT_S
-        if (!last) {
-          barrier_wait(k_full + 8 * next_stage, next_phase);
-          mma_fence();
-          issue_half(s, 0, q_at, k_operand + next_stage * (K_BYTES >> 4));
-          mma_wait<1>();
-        } else {
-          mma_wait<0>();
-        }
-        arrived(part);
-        if (leader) barrier_arrive(v_empty + 8 * stage);
-        accumulate(o, part, keep_o);
-        SUM_UP(keep)
-        if (!last) {
-          mma_fence();
-          issue_half(s, 1, q_at, k_operand + next_stage * (K_BYTES >> 4));
-        }
-#else
         mma_wait<0>();
         if (leader) barrier_arrive(v_empty + 8 * stage);
         accumulate(o, part, keep_o);
@@ -432,7 +318,6 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
           mma_wait<0>();
           if (leader) barrier_arrive(k_empty + 8 * next_stage);
         }
-#endif
         now = next;
         stage = next_stage;
         phase = next_phase;
@@ -451,10 +336,6 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
         step(No(), Yes());
     }
     finish(p, it, o, at, l, unit, row_a, column0, bias_at + r_at);
-#if Q_AHEAD
-    barrier_arrive(q_empty + q_buffer);
-#else
     group_sync(1 + group);  // the next item's Q goes where this one's was
-#endif
   }
 }

@@ -9,11 +9,11 @@ DEVICE float quad_sum(float x) {
 
 #define HIDDEN (-(1 << 30))  // in place of an integer of S, which is at most 127^2 D
 
-// Half of S (8 steps of 8 columns): hides what MASKED asks for, and returns the maxima of this thread's columns in base 2.
+// Hides what MASKED asks for, and returns the maxima of this thread's columns in base 2.
 template <bool MASKED>
-DEVICE void highest(int (&s)[64], int half, int& top_a, int& top_b, int limit_a, int limit_b, int column0) {
+DEVICE void highest(int (&s)[64], int& top_a, int& top_b, int limit_a, int limit_b, int column0) {
 #pragma unroll
-  for (int j = 8 * half; j < 8 * half + 8; j++) {
+  for (int j = 0; j < 16; j++) {
     if (MASKED) {
 #pragma unroll
       for (int e = 0; e < 4; e++)
@@ -32,11 +32,11 @@ DEVICE Row2 in_base_2(int top_a, int top_b, Row2 c) {
   return top;
 }
 
-// Steps ``first`` to ``last`` of S to P, relative to ``oa`` and ``ob``.
+// S to P, relative to ``oa`` and ``ob``.
 template <bool MASKED>
-DEVICE void exponentials(int (&s)[64], int first, int last, Row2 c, float oa, float ob) {
+DEVICE void exponentials(int (&s)[64], Row2 c, float oa, float ob) {
 #pragma unroll
-  for (int j = first; j < last; j++) {
+  for (int j = 0; j < 16; j++) {
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       float x = (float)s[4 * j + e];
@@ -47,45 +47,12 @@ DEVICE void exponentials(int (&s)[64], int first, int last, Row2 c, float oa, fl
   }
 }
 
-// S (integers) of one tile to P in 8 bits. ``m``: running maxima. FP8: P is relative to them, and ``keep`` the factor of what came before. INT8: P
+// S (integers) of one tile to P, which pack_p brings to 8 bits. ``m``: running maxima. FP8: P is relative to them, and ``keep`` the factor of what came before. INT8: P
 // is relative to the tile's own maximum ``at`` (not below m - 20, so that o, which is kept in units of the last tile's P, stays finite).
-// ``ready``: called before the first and before the second half of S is read.
-#if LAZY_MAX
-// Half by half, so that the first half's exponentials need not wait for the second's products. Each thread looks at its own columns until a row of
-// its warp outgrows the maximum; then all rows of the warp move, with what the first half has made.
-template <bool MASKED, class Ready>
-DEVICE void softmax(int (&s)[64], Row2 c, Row2&, Row2& at, Row2&, Row2& keep, int limit_a, int limit_b, int column0, Ready ready) {
-  keep = {1.0f, 1.0f};
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    ready(half);
-    int top_a = HIDDEN, top_b = HIDDEN;
-    highest<MASKED>(s, half, top_a, top_b, limit_a, limit_b, column0);
-    Row2 top = in_base_2<MASKED>(top_a, top_b, c);
-    if (__any_sync(0xffffffffu, top.a > at.a + HEADROOM || top.b > at.b + HEADROOM)) {
-      Row2 moved = {fmaxf(at.a, quad_max(top.a)), fmaxf(at.b, quad_max(top.b))};
-      Row2 fall = {exp2_fast(at.a - (MASKED && moved.a == -INFINITY_F ? 0.0f : moved.a)),
-                   exp2_fast(at.b - (MASKED && moved.b == -INFINITY_F ? 0.0f : moved.b))};
-      keep = {keep.a * fall.a, keep.b * fall.b};
-      at = moved;
-      if (half == 1) {
-#pragma unroll
-        for (int i = 0; i < 32; i++) s[i] = __float_as_int(__int_as_float(s[i]) * ((i & 2) ? fall.b : fall.a));
-      }
-    }
-    float ua = MASKED && at.a == -INFINITY_F ? 0.0f : at.a, ub = MASKED && at.b == -INFINITY_F ? 0.0f : at.b;  // no key seen yet
-    exponentials<MASKED>(s, 8 * half, 8 * half + 8, c, ua - P_OFFSET, ub - P_OFFSET);
-  }
-}
-#else
-template <bool MASKED, class Ready>
-DEVICE void softmax(int (&s)[64], Row2 c, Row2& m, Row2& at, Row2& l, Row2& keep, int limit_a, int limit_b, int column0, Ready ready) {
+template <bool MASKED>
+DEVICE void softmax(int (&s)[64], Row2 c, Row2& m, Row2& at, Row2& l, Row2& keep, int limit_a, int limit_b, int column0) {
   int top_a = HIDDEN, top_b = HIDDEN;
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    ready(half);
-    highest<MASKED>(s, half, top_a, top_b, limit_a, limit_b, column0);
-  }
+  highest<MASKED>(s, top_a, top_b, limit_a, limit_b, column0);
   Row2 top = in_base_2<MASKED>(quad_max(top_a), quad_max(top_b), c);
   m.a = fmaxf(m.a, top.a);
   m.b = fmaxf(m.b, top.b);
@@ -99,25 +66,16 @@ DEVICE void softmax(int (&s)[64], Row2 c, Row2& m, Row2& at, Row2& l, Row2& keep
   keep.b = exp2_fast(at.b - ub);
   at.a = na;
   at.b = nb;
-  exponentials<MASKED>(s, 0, 16, c, ua - P_OFFSET, ub - P_OFFSET);
-#if !ONES && !SUM_BYTES
-  Row2 sum = {0.0f, 0.0f};
-#pragma unroll
-  for (int j = 0; j < 16; j++) {
-    sum.a += __int_as_float(s[4 * j]) + __int_as_float(s[4 * j + 1]);
-    sum.b += __int_as_float(s[4 * j + 2]) + __int_as_float(s[4 * j + 3]);
-  }
-  l.a = fmaf(l.a, keep.a, sum.a);
-  l.b = fmaf(l.b, keep.b, sum.b);
-#endif
+  exponentials<MASKED>(s, c, ua - P_OFFSET, ub - P_OFFSET);
 }
-#endif
 
+#if PV_INT8
 DEVICE u32 pack_half(float lo, float hi) {
   u32 r;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
   return r;
 }
+#endif
 
 DEVICE void pack_p(const int (&s)[64], u32 (&pa)[16]) {
 #define F(i) __int_as_float(s[i])
@@ -128,10 +86,8 @@ DEVICE void pack_p(const int (&s)[64], u32 (&pa)[16]) {
 #pragma unroll
       for (int row = 0; row < 2; row++) {
         int at = 16 * kb + 8 * half + 2 * row;
-#if SUM_BYTES
+#if PV_INT8
         pa[4 * kb + 2 * half + row] = __byte_perm(pack_half(F(at), F(at + 1)), pack_half(F(at + 4), F(at + 5)), 0x6420);
-#elif PV_INT8
-        pa[4 * kb + 2 * half + row] = pack_bytes(F(at) + MAGIC, F(at + 1) + MAGIC, F(at + 4) + MAGIC, F(at + 5) + MAGIC);
 #else
         pa[4 * kb + 2 * half + row] = pack_e4m3(F(at), F(at + 1), F(at + 4), F(at + 5));
 #endif
@@ -141,7 +97,7 @@ DEVICE void pack_p(const int (&s)[64], u32 (&pa)[16]) {
 #undef F
 }
 
-#if SUM_BYTES
+#if PV_INT8
 DEVICE void sum_up(const u32 (&pa)[16], Row2 c, Row2& l, Row2 keep) {
   u32 a = 0, b = 0;
 #pragma unroll

@@ -159,7 +159,7 @@ def attend(
         "SAVE_Q": int(save_q),
     }  # fmt: skip
     launch = launches.FORWARD[pv, size]
-    shared = (1 + launch.q_ahead) * _GROUPS * 64 * size + 2 * _STAGES * KEYS * size + 1024 + _STAGES * 1024
+    shared = _GROUPS * 64 * size + 2 * _STAGES * KEYS * size + 1024 + _STAGES * 1024
     run = kernel("forward.cu", "attention_forward", device, shared, **defines, **launch.defines)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     launch_forward = run.bind(128 * (_GROUPS + 1), k_map, v_map, params, early=EARLY)

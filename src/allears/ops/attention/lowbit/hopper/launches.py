@@ -1,8 +1,6 @@
 """How the Hopper kernels are launched, by numerics and head size: the one table that chooses.
 
-Every field is a macro of ``forward.cu`` or ``backward.cu``, where it is explained. A field changes speed; two of them
-change rounding too: ``lazy_max`` (E4M3 P relative to a maximum that may lag by two bits) and ``p_unsigned`` (INT8 P in
-0 to 255, half the step, with row sums of the rounded P).
+Every field is a macro of ``forward.cu`` or ``backward.cu``, where it is explained, and changes speed alone.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,18 +16,10 @@ class ForwardLaunch:
     """Macros of ``forward.cu``.
 
     Args:
-        split_s: issue the next tile's scores beside this tile's P V; head size 64.
         skip: a warpgroup passes over tiles that are hidden from all of its rows.
-        q_ahead: idle warps quantise the next item's Q.
-        lazy_max: FP8: move a row's maximum only when it is outgrown by two bits.
-        p_unsigned: INT8: P in 0 to 255.
     """
 
-    split_s: bool = False
     skip: bool = False
-    q_ahead: bool = False
-    lazy_max: bool = False
-    p_unsigned: bool = False
 
     @property
     def defines(self) -> dict[str, int]:
@@ -46,14 +36,12 @@ class BackwardLaunch:
         late: dQ of a tile is made after the next tile's dS.
         turns: by one warpgroup in turn; with ``late`` at head size 64, needed for 3 groups.
         stages: tiles of queries that are held or on their way.
-        p_unsigned: P in 0 to 255.
     """
 
     groups: int = 2
     late: bool = False
     turns: bool = False
     stages: int = 2
-    p_unsigned: bool = False
 
     @property
     def defines(self) -> dict[str, int]:
@@ -82,13 +70,13 @@ def _macros(launch: ForwardLaunch | BackwardLaunch) -> dict[str, int]:
 FORWARD: dict[tuple[Values, int], ForwardLaunch] = {
     ("fp8", 64): ForwardLaunch(skip=True),
     ("fp8", 128): ForwardLaunch(),
-    ("int8", 64): ForwardLaunch(p_unsigned=True),
-    ("int8", 128): ForwardLaunch(p_unsigned=True),
+    ("int8", 64): ForwardLaunch(),
+    ("int8", 128): ForwardLaunch(),
 }
 """By the dtype of P and V, and the head size."""
 
 BACKWARD: dict[int, BackwardLaunch] = {
-    64: BackwardLaunch(groups=3, late=True, turns=True, p_unsigned=True),
-    128: BackwardLaunch(p_unsigned=True),
+    64: BackwardLaunch(groups=3, late=True, turns=True),
+    128: BackwardLaunch(),
 }
 """By the head size."""

@@ -38,9 +38,6 @@ DEVICE void mma_s8(int (&d)[64], u64 a, u64 b, int add) {
         "+r"(d[48]), "+r"(d[49]), "+r"(d[50]), "+r"(d[51]), "+r"(d[52]), "+r"(d[53]), "+r"(d[54]), "+r"(d[55]), \
         "+r"(d[56]), "+r"(d[57]), "+r"(d[58]), "+r"(d[59]), "+r"(d[60]), "+r"(d[61]), "+r"(d[62]), "+r"(d[63]) \
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add))
-DEVICE void mma_s8_reg(int (&d)[64], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int add) {
-  MMA_8_REG_64("s8");
-}
 DEVICE void mma_u8_reg(int (&d)[64], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int add) {  // a unsigned
   MMA_8_REG_64("u8");
 }
