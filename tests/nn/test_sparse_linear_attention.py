@@ -5,10 +5,18 @@ import torch
 
 from allears.core.errors import WeightsError
 from allears.core.weights import check_keys, load_weights, save_weights
+from allears.nn import sparse_linear_attention as module
 from allears.nn.attention import CrossAttention, SelfAttention
 from allears.nn.sparse_linear_attention import BlockRouter, MixingRatio, SparseLinearAttention
 from allears.ops.attention import AttentionSpec, attention
-from allears.ops.attention.sparse_linear import SparseLinear, map_from_blocks
+from allears.ops.attention.sparse_linear import (
+    SparseLinear,
+    Statistics,
+    key_mean,
+    map_from_blocks,
+    pool_blocks,
+    sparse_linear_attention,
+)
 
 B64 = SparseLinear(block_q=64)
 
@@ -64,6 +72,31 @@ def test_output_is_that_of_the_equations(of_query):
     q, k, v = inputs(length_q=150, length_k=330, heads=4, kv_heads=2, batch=2)
     with torch.no_grad():
         torch.testing.assert_close(core(q, k, v), by_hand(core, q, k, v), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("of_query", [False, True])
+def test_statistics_of_a_fused_kernel_give_what_its_own_passes_do(of_query, monkeypatch):
+    """Where a kernel measures q and k itself, the module takes the pools from it and goes past the door."""
+    core = shaken(SparseLinearAttention(4, 8, 0.4, B64, kv_heads=2, ratio_of_query=of_query))
+    q, k, v = inputs(length_q=150, length_k=330, heads=4, kv_heads=2, batch=2)
+    seen = []
+
+    def measured(q, k, v, options, *, trains, causal, kernel):
+        seen.append(trains)
+        return Statistics(pool_blocks(q, 64), pool_blocks(k, 64), key_mean(k), v.abs().amax(1))
+
+    def attend(q, k, v, blocks, ratio, options, *, scale, statistics):
+        assert not statistics.q_pool.numel() and torch.equal(statistics.k_mean, key_mean(k))
+        return sparse_linear_attention(q, k, v, blocks, ratio, options, scale=scale)
+
+    with torch.no_grad():
+        wanted = core(q, k, v)
+        monkeypatch.setattr(module, "fused_statistics", measured)
+        monkeypatch.setattr(module, "attend_measured", attend)
+        torch.testing.assert_close(core(q, k, v), wanted, atol=1e-6, rtol=1e-5)
+        core.ratio.logit.requires_grad_(False)
+        core(q, k, v)
+    assert seen == [True, of_query]  # a weight that still takes gradients counts as well
 
 
 def test_everything_kept_is_dense_attention():

@@ -1,6 +1,6 @@
 import torch
 
-from allears.ops.launches import Known
+from allears.ops.launches import Kept, Known
 
 
 class Kernel:
@@ -53,3 +53,20 @@ def test_the_interpreter_is_asked_each_time():
     for _ in range(2):
         known((1, 1, 1), (torch.zeros(1), None, 1), {"WIDTH": 4})
     assert len(kernel.dispatched) == 2
+
+
+def test_kept_things_have_one_holder_and_are_forgotten_beyond_the_most():
+    kept, made = Kept(most=2), []
+
+    def make():
+        made.append(object())
+        return made[-1]
+
+    first = kept.take("a", make)
+    assert kept.take("a", make) is not first and len(made) == 2  # the first is in use
+    kept.give("a", first)
+    assert kept.take("a", make) is first and len(made) == 2
+    kept.give("a", first)
+    kept.give("b", make())
+    kept.give("c", make())  # a third key: all others go
+    assert kept.take("c", make) is made[3] and kept.take("a", make) is not first

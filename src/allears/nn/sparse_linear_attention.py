@@ -21,7 +21,9 @@ from allears.core.errors import WeightsError
 from allears.ops.attention import AttentionSpec, attention
 from allears.ops.attention.sparse_linear import SparseLinear, Statistics, fused_statistics, sparse_linear_attention
 from allears.ops.attention.sparse_linear.blocks import Blocks, Geometry
+from allears.ops.attention.sparse_linear.call import attend_measured
 from allears.ops.attention.sparse_linear.routers import (
+    best_blocks,
     pool_blocks,
     pools,
     select_top_k,
@@ -53,6 +55,8 @@ class BlockRouter(nn.Module):
     def forward(self, q_pool: Tensor, k_pool: Tensor, scale: float, k_mean: Tensor | None = None) -> Tensor:
         """q_pool (B, H, N_q, D), k_pool (B, G, N_k, D) of smoothed keys, or of keys beside their mean k_mean (B, G, D),
         to logits (B, H, N_q, N_k) in float32."""
+        if not torch.is_autocast_enabled(q_pool.device.type):  # a context takes longer than some of the kernels
+            return projected_scores(q_pool, k_pool, k_mean, self.proj_q.float(), self.proj_k.float(), scale)
         with torch.autocast(q_pool.device.type, enabled=False):
             return projected_scores(q_pool, k_pool, k_mean, self.proj_q.float(), self.proj_k.float(), scale)
 
@@ -83,6 +87,11 @@ class MixingRatio(nn.Module):
         if q_pool is None:
             raise ValueError("q_pool: None given, but this ratio depends on the query; give the pooled queries")
         return torch.sigmoid(logit + (q_pool.float() * self.weight.float()[None, :, None]).sum(-1))
+
+    @property
+    def trains(self) -> bool:
+        """Whether one of its parameters takes gradients."""
+        return self.logit.requires_grad or (self.weight is not None and self.weight.requires_grad)
 
     @torch.no_grad()
     def set(self, ratio: Tensor) -> None:
@@ -170,20 +179,19 @@ class SparseLinearAttention(nn.Module):
             raise ValueError("mask: given, but sparse-linear attention takes none; leave this layer dense")
         if self.stage == "soft" and self.router is not None:
             return self._attend_softly(q, k, v)
-        trains = self.ratio is not None and self.ratio.logit.requires_grad
+        trains = self.ratio is not None and self.ratio.trains
         found = fused_statistics(q, k, v, self.options, trains=trains, causal=self.causal, kernel=self.kernel)
         blocks, ratio = self.route(q, k, found), self._ratio(q, found)
-        if found is not None:
-            found = found.without_pools()
-        return self._attend(q, k, v, blocks, ratio, found)
+        if found is None or ratio is None:
+            return self._attend(q, k, v, blocks, ratio)
+        found = found.without_pools()
+        return attend_measured(q, k, v, blocks, ratio, self.options, scale=self.scale, statistics=found)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
         """Attend with these blocks, whatever the stage."""
-        return self._attend(q, k, v, blocks, self._ratio(q), None)
+        return self._attend(q, k, v, blocks, self._ratio(q))
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, ratio: Tensor | None, statistics: Statistics | None
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, ratio: Tensor | None) -> Tensor:
         proj = None if self.proj is None else (self.proj.weight, self.proj.bias)
         return sparse_linear_attention(
             q,
@@ -196,14 +204,15 @@ class SparseLinearAttention(nn.Module):
             causal=self.causal,
             scale=self.scale,
             kernel=self.kernel,
-            statistics=statistics,
         )
 
     @torch.no_grad()
     def route(self, q: Tensor, k: Tensor, statistics: Statistics | None = None) -> Blocks:
         """The blocks that the router picks: its best ones, ``keep`` of those that can be seen."""
-        geometry = self.geometry(q, k)
         scores = self.scores(q, k, statistics)
+        if statistics is not None:  # of a bidirectional call on a GPU
+            return best_blocks(scores, self.keep, self.options, q.shape[1], k.shape[1])
+        geometry = self.geometry(q, k)
         if self.options.form == "sla":
             return sla_blocks(scores, self.keep, self.skip, geometry=geometry)
         return select_top_k(scores, self.keep, geometry=geometry)

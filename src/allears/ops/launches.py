@@ -1,13 +1,45 @@
-"""Launches of small Triton kernels whose dispatch would take longer than their work.
+"""Launches whose preparation would take longer than their work.
 
 Triton's ``kernel[grid](...)`` looks at every argument at every call, for 20 to 60 us; what it compiled is launched in a
 tenth of that, if the caller knows that it fits.
 """
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Kept(Generic[T]):
+    """What calls of equal shapes need and may write into, kept from one call to the next. Two threads never hold the
+    same one: a call takes one out, or makes it, and gives it back.
+
+    Args:
+        most: keys that are kept; with one more all are forgotten.
+    """
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
+        self._idle: dict[Hashable, list[T]] = {}
+
+    def take(self, key: Hashable, make: Callable[[], T]) -> T:
+        """One that was given back for this key, else a new one."""
+        try:
+            return self._idle[key].pop()
+        except (KeyError, IndexError):
+            return make()
+
+    def give(self, key: Hashable, it: T) -> None:
+        """Back, for the next call with this key."""
+        idle = self._idle.get(key)
+        if idle is not None:
+            idle.append(it)
+            return
+        if len(self._idle) >= self._most:
+            self._idle.clear()
+        self._idle[key] = [it]
 
 
 class Known:
@@ -37,7 +69,7 @@ class Known:
             key: integers among the arguments that the kernel is specialised for.
             how: warps and stages.
         """
-        tensors = tuple(_kind(x) for x in arguments if x is None or isinstance(x, Tensor))
+        tensors = tuple([_kind(x) for x in arguments if x is None or isinstance(x, Tensor)])
         known = (tensors, *constants.values(), *how.values(), key)
         compiled = self._compiled.get(known)
         if compiled is not None:

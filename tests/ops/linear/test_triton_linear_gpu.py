@@ -85,10 +85,13 @@ def test_compiles_whole_for_any_length(causal):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_kernel_is_compiled_again_for_a_length(dtype):
+def test_no_kernel_is_compiled_again_for_a_length(dtype, monkeypatch):
+    from allears.ops.attention.linear import triton_groups_host
     from allears.ops.attention.linear.triton_fwd import output_kernel, states_kernel
     from allears.ops.attention.linear.triton_groups import group_output_kernel, group_states_kernel
 
+    monkeypatch.setattr(triton_groups_host, "HOPPER_STATES", False)
+    monkeypatch.setattr(triton_groups_host, "HOPPER_OUTPUT", False)
     kernels = states_kernel, output_kernel, group_states_kernel, group_output_kernel
 
     def run(rows):

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from tests.ops.sparse_linear.triton_calls import DEVICE, offsets, random_map, rel
+from tests.ops.sparse_linear.triton_calls import DEVICE, ON_GPU, offsets, random_map, rel
 
 from allears.ops.attention.call import Packing
 from allears.ops.attention.lowbit.triton_host import Launch
@@ -35,12 +35,24 @@ def wanted_of(q, k, v, blocks, ratio, options, **how):
     return sparse_linear_reference(q, k, v, blocks, ratio, options, proj=proj, **how)
 
 
-def check(made, wanted, tolerance, lse_tolerance=1e-4):
+# On a GPU the 8-bit numbers part from the reference's in two ways, which the interpreter does not show:
+# - 1 / scale is good to 2 units in the last place there, so that of some 10,000 numbers of q one, which lies halfway
+#   between two integers, is rounded to the other: all logits of its row move, and its log-sum-exp by some 1e-3 (one of
+#   260 on an H100). The sum of a row is not to blame: it is of P as it was before rounding, in float32.
+# - Hopper's FP8 unit keeps some 14 bits in its sums, 2^-13 = 1.2e-4 of the output.
+FLIPPED, FLIPPED_LSE, FP8_SUMS = 0.02, 5e-3, 5e-4
+
+
+def check(made, wanted, tolerance, lse_tolerance=1e-4, flips=False):
     out, lse = made.out.float(), made.lse
     if made.o_linear is not None:
         out = out + made.o_linear.float()
     assert made.out.isfinite().all()
     assert rel(out, wanted[0].float()) < tolerance
+    if flips:
+        apart = ~torch.isclose(lse, wanted[1].float(), rtol=lse_tolerance, atol=lse_tolerance)
+        assert int(apart.sum()) <= max(1, FLIPPED * apart.numel())
+        lse_tolerance = FLIPPED_LSE
     torch.testing.assert_close(lse, wanted[1].float(), rtol=lse_tolerance, atol=lse_tolerance)
 
 
@@ -51,7 +63,8 @@ def compare(q, k, v, options, causal=False, keep=0.4, ratio=None, tolerance=2e-3
         ratio = torch.rand(q.shape[0], q.shape[2], geometry.n_q, device=DEVICE)
     made = sparse_linear_forward_triton(q, k, v, blocks, ratio, options, causal=causal, **how)
     how = {name: value for name, value in how.items() if name == "scale"}
-    check(made, wanted_of(q, k, v, blocks, ratio, options, causal=causal, **how), tolerance)
+    flips = ON_GPU and options.precision == "int8_fp8"
+    check(made, wanted_of(q, k, v, blocks, ratio, options, causal=causal, **how), tolerance, flips=flips)
     return made
 
 
@@ -82,7 +95,8 @@ def test_float32_strides_scale_and_a_batch(precision):
     before = [x.clone() for x in (q, k, v)]
     ratio = torch.rand(2, 1, device=DEVICE)
     options = SparseLinear(block_q=64, smooth_k=False, precision=precision)
-    compare(q, k, v, options, scale=0.3, ratio=ratio, tolerance=1e-4 if precision == "int8_fp8" else 1e-6)
+    of_eight_bits = FP8_SUMS if ON_GPU else 1e-4
+    compare(q, k, v, options, scale=0.3, ratio=ratio, tolerance=of_eight_bits if precision == "int8_fp8" else 1e-6)
     assert all(torch.equal(a, b) for a, b in zip((q, k, v), before, strict=True))
 
 
@@ -116,7 +130,8 @@ def test_packed_sequences(precision, causal):
     blocks = blocks_from_map(random_map(geometry, 4, 1, 0.3))
     ratio = torch.rand(4, 1, geometry.n_q, device=DEVICE)
     made = sparse_linear_forward_triton(q, k, v, blocks, ratio, options, causal=causal, **packing)
-    check(made, wanted_of(q, k, v, blocks, ratio, options, causal=causal, **packing), 2e-3)
+    flips = ON_GPU and precision == "int8_fp8"
+    check(made, wanted_of(q, k, v, blocks, ratio, options, causal=causal, **packing), 2e-3, flips=flips)
     assert not made.out[70:73].any() and made.lse[:, 70:73].eq(-math.inf).all()
     with pytest.raises(ValueError, match="max_seqlen_q, max_seqlen_k: None"):
         sparse_linear_forward_triton(q, k, v, blocks, ratio, options, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)

@@ -4,6 +4,7 @@ Shapes: B batch, L_q queries, L_k keys, H heads, D head size, K taps of the conv
 sequences.
 """
 
+from functools import cache
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -15,6 +16,7 @@ from allears.ops.attention.linear.check import check_call
 from allears.ops.attention.linear.options import LinearOptions
 from allears.ops.attention.linear.reference import linear_attention_reference
 from allears.ops.attention.linear.state import LinearState
+from allears.ops.constant import constant_in_graphs
 
 KERNELS = ("triton", "reference")
 """In the order in which ``kernel="auto"`` tries them."""
@@ -194,10 +196,26 @@ def _runner(kernel: str) -> Any:
     return linear_attention_triton
 
 
-def _refuses_triton(facts: _Facts) -> str:
+@constant_in_graphs
+def _missing(device: str) -> str:
+    """Why Triton's kernels cannot run beside tensors on such a device, or ``""``."""
+    return _missing_beside_gpu() if device == "cuda" else _missing_anywhere()
+
+
+def _missing_anywhere() -> str:
     from allears.ops.attention.lowbit.backends import triton_missing
 
-    missing = triton_missing()
+    return triton_missing()
+
+
+@cache
+def _missing_beside_gpu() -> str:
+    """Where there are tensors on a GPU it answers: the search for the package, 30 us, is made once."""
+    return _missing_anywhere()
+
+
+def _refuses_triton(facts: _Facts) -> str:
+    missing = _missing(facts.device)
     if missing:
         return missing
     if facts.device != "cuda":

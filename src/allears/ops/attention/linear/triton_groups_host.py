@@ -1,4 +1,5 @@
 """Linear attention over both directions by the kernels of ``triton_groups.py``: for which calls, and how launched.
+Most calls on a GPU go to the CUDA C++ kernels of ``hopper/``, which do the same from less waiting.
 
 Shapes: B batch, L_q queries, L_k keys, H heads, D head size, C = H * D channels, K taps of the convolution of V; packed
 sequences are (1, T, H, D) with E = S entries, else E = B; P parts of a sequence.
@@ -10,12 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from allears.ops.attention.linear.hopper import host as hopper
 from allears.ops.attention.linear.triton_features import DIRECT_POWER
 from allears.ops.attention.linear.triton_fwd import mean_kernel
 from allears.ops.attention.linear.triton_groups import GROUP, group_output_kernel, group_states_kernel
 from allears.ops.attention.linear.triton_host import Call, processors
 from allears.ops.launches import Known
 
+HOPPER_STATES = True
+"""Whether calls that it fits go to ``hopper/states.cu``; else to :func:`group_states_kernel`."""
+HOPPER_OUTPUT = True
+"""Whether calls that it fits go to ``hopper/output.cu``; else to :func:`group_output_kernel`."""
 _MOST_GROUPS = 8  # whose sums fit the registers of a program
 _CAPABILITY = 9  # for other chips Triton 3.6 cannot compile the sums over the keys
 _MEAN_BLOCK, _MEAN_STEP = 128, 16
@@ -85,34 +91,68 @@ def group_forward(
     """
     (heads, size), device = q.shape[2:], q.device
     channels, entries = heads * size, call.entries(q)
-    inverse = None if scale is None else scale.float().reciprocal()
-    fixed = {"H": heads, "D": size, "KIND": call.kind, "POWER": call.power if call.kind == "focused" else 1}
-    fixed["JOINT"] = call.joint
-    how = states_launch(channels)
-    count = parts_of(k, call, how)
+    in_cuda = HOPPER_STATES and hopper.states_fit(k, v, call)
+    count = hopper.part_count(k, call) if in_cuda else parts_of(k, call, states_launch(channels))
     parts = torch.empty(entries, count, channels * (size + 1), device=device)
     matrix = torch.empty(entries, heads, size, size, dtype=q.dtype, device=device)
     sums = torch.empty(entries, heads, size, device=device)
     out = torch.empty(q.shape, dtype=q.dtype, device=device)
     if parts.numel():
-        arguments = (k, v, inverse, call.cu, call.lengths, parts, *k.stride()[:2], *v.stride()[:2], k.shape[1])
-        constants = {**fixed, "ROWS": how.rows}
-        _STATES((count, entries, 1), arguments, constants, _steps(k, v), **how.options())
+        if in_cuda:
+            hopper.part_states(k, v, scale, parts, call)
+        else:
+            _part_states(k, v, scale, parts, call)
         sizes = {"MATRIX": channels * size, "SUMS": channels, "STEP": _MEAN_STEP, "BLOCK": _MEAN_BLOCK}
         arguments = (parts, call.cu, call.lengths, matrix, sums, k.shape[1], count)
         _MEAN((-(-parts.shape[2] // _MEAN_BLOCK), entries, 1), arguments, sizes, num_warps=4)
     if out.numel() and entries:
         taps = 0 if conv_weight is None else conv_weight.shape[-1]
-        conv = None if conv_weight is None else _of_heads(conv_weight.float().movedim(-1, 0), heads)
-        bias = None if conv_weight is None or conv_bias is None else _of_heads(conv_bias.float()[None], heads)
-        how = output_launch(channels)
-        grid = (parts_of(q, call, how), entries, 1)
-        tensors = (q, v, inverse, matrix, sums, conv, bias, call.cu, call.lengths, out)
-        steps = (*q.stride()[:2], *v.stride()[:2], *out.stride()[:2])
-        constants = {**fixed, "TAPS": taps, "ROWS": how.rows, "AHEAD": q.is_cuda and v.numel() > 0}
-        arguments = (*tensors, *steps, q.shape[1], k.shape[1], call.eps)
-        _OUTPUT(grid, arguments, constants, _steps(q, v, out), **how.options())
+        run = hopper.output if HOPPER_OUTPUT and hopper.output_fits(q, v, taps, call) else _output
+        run(q, v, matrix, sums, scale, conv_weight, conv_bias, out, call)
     return out, matrix, sums
+
+
+def _fixed(x: Tensor, call: Call) -> dict[str, object]:
+    """What both kernels are compiled for."""
+    power = call.power if call.kind == "focused" else 1
+    return {"H": x.shape[2], "D": x.shape[3], "KIND": call.kind, "POWER": power, "JOINT": call.joint}
+
+
+def _inverse(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.float().reciprocal()
+
+
+def _part_states(k: Tensor, v: Tensor, scale: Tensor | None, parts: Tensor, call: Call) -> None:
+    """phi(k)^T v and sum phi(k) of each part to parts (E, P, C * (D + 1))."""
+    how = states_launch(k.shape[2] * k.shape[3])
+    steps = (*k.stride()[:2], *v.stride()[:2])
+    arguments = (k, v, _inverse(scale), call.cu, call.lengths, parts, *steps, k.shape[1])
+    constants = {**_fixed(k, call), "ROWS": how.rows}
+    _STATES((parts.shape[1], parts.shape[0], 1), arguments, constants, _steps(k, v), **how.options())
+
+
+def _output(
+    q: Tensor,
+    v: Tensor,
+    matrix: Tensor,
+    sums: Tensor,
+    scale: Tensor | None,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    out: Tensor,
+    call: Call,
+) -> None:
+    """phi(q) matrix / (phi(q) . sums + eps) + convolution of v, to out."""
+    heads = q.shape[2]
+    taps = 0 if conv_weight is None else conv_weight.shape[-1]
+    conv = None if conv_weight is None else _of_heads(conv_weight.float().movedim(-1, 0), heads)
+    bias = None if conv_weight is None or conv_bias is None else _of_heads(conv_bias.float()[None], heads)
+    how = output_launch(heads * q.shape[3])
+    tensors = (q, v, _inverse(scale), matrix, sums, conv, bias, call.cu, call.lengths, out)
+    steps = (*q.stride()[:2], *v.stride()[:2], *out.stride()[:2])
+    constants = {**_fixed(q, call), "TAPS": taps, "ROWS": how.rows, "AHEAD": q.is_cuda and v.numel() > 0}
+    arguments = (*tensors, *steps, q.shape[1], v.shape[1], call.eps)
+    _OUTPUT((parts_of(q, call, how), call.entries(q), 1), arguments, constants, _steps(q, v, out), **how.options())
 
 
 def parts_of(x: Tensor, call: Call, how: Launch) -> int:

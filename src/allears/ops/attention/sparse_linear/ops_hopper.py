@@ -35,8 +35,15 @@ class Statistics(NamedTuple):
 
     def without_pools(self) -> "Statistics":
         """What the kernel alone needs, so that the pools' memory is free."""
-        nothing = self.k_mean.new_empty(0)
-        return self._replace(q_pool=nothing, k_pool=nothing)
+        nothing = self.k_mean[:0]
+        return Statistics(nothing, nothing, self.k_mean, self.v_max)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """:func:`aligned_rows` of a 16-bit (B, L, heads, D), in a third of the time where it is as it should be."""
+    a, b, c, last = x.stride()
+    fits = last == 1 and a > 0 and b > 0 and c > 0 and not (a | b | c) % 8 and not x.data_ptr() % 16
+    return x if fits else aligned_rows(x)
 
 
 @operator("sparse_linear_statistics")
@@ -44,7 +51,7 @@ def _statistics(q: Tensor, k: Tensor, v: Tensor, smooth_k: bool) -> tuple[Tensor
     from allears.ops.attention.sparse_linear.hopper import host
 
     with torch.cuda.device_of(q):
-        return tuple(host.statistics(aligned_rows(q), aligned_rows(k), aligned_rows(v), smooth_k))
+        return tuple(host.statistics(_aligned(q), _aligned(k), _aligned(v), smooth_k))
 
 
 @_statistics.register_fake
@@ -79,8 +86,9 @@ def _attend(
     from allears.ops.attention.sparse_linear.hopper import host
 
     with torch.cuda.device_of(q):
-        q, k, v = (aligned_rows(x) for x in (q, k, v))
-        out, lse = host.attend(q, k, v, rows, count, ratio, k_mean, v_max, scale, need_lse)
+        out, lse = host.attend(
+            _aligned(q), _aligned(k), _aligned(v), rows, count, ratio, k_mean, v_max, scale, need_lse
+        )
     return out, lse if lse is not None else no_sums(q)
 
 
@@ -120,6 +128,6 @@ def sparse_linear_hopper(
     assert ratio is not None and proj is None and not causal, "the door sees to it"
     found = statistics or block_statistics(q, k, v, options.smooth_k)
     shape = (q.shape[0], q.shape[2], blocks.rows.shape[2])
-    each = ratio.to(torch.float32).expand(shape).contiguous()
+    each = ratio.to(torch.float32).expand(shape)
     lists = blocks.rows.contiguous(), blocks.count.contiguous()
     return at_once(_attend, q, k, v, *lists, each, found.k_mean, found.v_max, scale, need_lse)

@@ -162,6 +162,15 @@ def select_top_k(scores: Tensor, keep: float, *, geometry: Geometry) -> Blocks:
     return blocks_from_order(order[..., :width], count.expand(scores.shape[:-1]), scores.shape[-1])
 
 
+def best_blocks(scores: Tensor, keep: float, options: SparseLinear, length_q: int, length_k: int) -> Blocks:
+    """:func:`select_top_k` of a bidirectional call that is not packed, whose scores are known to fit: in a third of the
+    time to issue."""
+    if not _rank_by_kernel(scores):
+        return select_top_k(scores, keep, geometry=Geometry(length_q, length_k, options.block_q, options.block_k))
+    sizes = (options.block_q, options.block_k, length_q, length_k, False)
+    return Blocks(*at_once(sparse_linear_route, scores, keep, None, *sizes, None, None))
+
+
 @torch.no_grad()
 def sla_blocks(scores: Tensor, keep: float, skip: float, *, geometry: Geometry) -> Blocks:
     """SLA's three classes (arXiv 2509.24006, section 4.1): the best ``keep`` of the visible blocks go to the softmax

@@ -72,9 +72,12 @@ def best_of(key, free, wanted, VALUE_TURNS: tl.constexpr = 20):
         found = tl.where(enough, here, found)
         high = tl.where(enough, high, middle)
         turn += 1
-    equal = key == low
-    missing = wanted - tl.sum((key > low).to(tl.int32), axis=0)
-    return (key > low) | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= missing))
+    best = key >= low
+    if found > wanted:  # equal scores at the edge; the running sum takes a third of a router's instructions
+        equal = key == low
+        missing = wanted - tl.sum((key > low).to(tl.int32), axis=0)
+        best = (key > low) | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= missing))
+    return best
 
 
 @triton.jit
@@ -177,6 +180,7 @@ def router_kernel(
 
 
 _ROUTER = Known(router_kernel)
+_A_WARP = 512  # key blocks that a warp holds, of a top-k choice; of the others 512
 
 
 def route_triton(
@@ -227,7 +231,7 @@ def route_triton(
         return Blocks(rows, count.zero_(), linear)
     if count.numel():
         high, skipped = rounded(share), rounded(skip or 0.0)
-        held = max(triton.next_power_of_2(n_k), 32)
+        held = max(1 << (n_k - 1).bit_length(), 32)
         lists = (scores.contiguous(), rows, count, None if linear is None else linear.view(torch.uint8))
         sizes = (length_q, length_k, heads, n_q, n_k, width)
         shares = (high, share - high, skipped, (skip or 0.0) - skipped)
@@ -240,7 +244,8 @@ def route_triton(
             "PACKED": cu_seqlens_q is not None,
         }
         arguments = (*lists, cu_seqlens_q, cu_seqlens_k, *sizes, *shares)
-        _ROUTER((count.numel(), 1, 1), arguments, constants, num_warps=max(1, held // 512))
+        a_warp = 512 if keep is None or skip is not None else _A_WARP
+        _ROUTER((count.numel(), 1, 1), arguments, constants, num_warps=max(1, held // a_warp))
     return Blocks(rows, count, linear)
 
 

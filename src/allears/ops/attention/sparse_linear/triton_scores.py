@@ -156,7 +156,7 @@ def scores_triton(
     padded, mean, factor = padded_head_size(size), k_mean, scale
     if proj_q is not None and proj_k is not None:
         q_to, k_to = torch.empty_like(q_pool), torch.empty_like(k_pool)
-        programs = entries * (heads * triton.cdiv(n_q, _ROWS) + groups * triton.cdiv(n_k, _ROWS))
+        programs = entries * (heads * -(-n_q // _ROWS) + groups * -(-n_k // _ROWS))
         arguments = (q_pool, k_pool, mean, proj_q.contiguous(), proj_k.contiguous(), q_to, k_to, scale, entries)
         constants = {"ROWS": _ROWS, "DP": padded, "STEP": _STEP}
         _PROJECT((programs, 1, 1), (*arguments, heads, groups, size, n_q, n_k), constants, size, num_warps=4)
@@ -164,7 +164,7 @@ def scores_triton(
     rows, keys, step = _TILE
     constants = {"ROWS": rows, "KEYS": keys, "DP": padded, "STEP": step, "PRECISION": precision}
     arguments = (q_pool, k_pool, mean, scores, factor, heads, groups, size, n_q, n_k)
-    grid = (triton.cdiv(n_k, keys), triton.cdiv(n_q, rows), entries * heads)
+    grid = (-(-n_k // keys), -(-n_q // rows), entries * heads)
     _SCORE(grid, arguments, constants, size, num_warps=4, num_stages=3)
     return scores
 

@@ -7,14 +7,10 @@
 // of q, of v and of the output. So nothing is exchanged but sums of rows, every access has 16 bytes, and rows that
 // adjoin share what the convolution reads.
 //
-// Macros: GROUPS of 64 channels, HEAD_DIM of a head (16, 32, 64), TAPS of the convolution (0: none), POWER (2, 3), PARTS, STAGES, IN_FP16.
+// Macros: see features.cuh; TAPS of the convolution (0: none), STAGES.
 
-#include "common.cuh"
+#include "features.cuh"
 
-#define ROWS 32
-#define CHANNELS (GROUPS * 64)
-#define WARPS (PARTS * GROUPS)
-#define THREADS 384  // two warpgroups that compute, and one of which a thread copies
 #define LEFT (TAPS > 0 ? (TAPS - 1) / 2 : 0)
 #define V_ROWS (TAPS > 0 ? ROWS + (TAPS + 2) / 4 * 4 : 0)  // a multiple of 4, at least ROWS + TAPS - 1
 #define SEEN (ROWS / 8 + TAPS - 1)                         // rows of v that a thread reads
@@ -23,8 +19,6 @@
 #define V_PLACE ((V_BYTES + 1023) / 1024 * 1024)
 #define PART_BYTES (Q_BYTES + V_PLACE)
 #define STAGE_BYTES (PARTS * PART_BYTES)
-#define FLOOR_F 1e-6f
-#define UNIT 64.0f
 #define CHUNK 64  // what the address of a thread's second 8 channels differs in
 #define PAIRS (HEAD_DIM == 64 ? 1 : 2)  // heads that a thread has channels of
 
@@ -42,55 +36,6 @@ struct Params {
   int entries, queries, keys;
   float eps;
 };
-
-DEVICE float number(const void* x, long long at, int kind) {
-  if (kind == 0) return ((const float*)x)[at];
-  u32 bits = ((const u16*)x)[at];
-  if (kind == 1) return __uint_as_float(bits << 16);
-  float y;
-  asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %1;\ncvt.f32.f16 %0, a;\n}" : "=f"(y) : "r"(bits));
-  return y;
-}
-
-DEVICE long long integer(const void* x, int at, int wide) { return wide ? ((const long long*)x)[at] : ((const int*)x)[at]; }
-
-DEVICE uint4 load16(u32 at) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at) : "memory");
-  return x;
-}
-
-DEVICE u32 relu16(u32 x) {  // of two numbers; NaN stays
-  u32 y;
-#if IN_FP16
-  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(0));
-#else
-  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(0));
-#endif
-  return y;
-}
-
-DEVICE void unpack8(const uint4& x, float (&y)[8]) {
-  unpack16(x.x, y[0], y[1]);
-  unpack16(x.y, y[2], y[3]);
-  unpack16(x.z, y[4], y[5]);
-  unpack16(x.w, y[6], y[7]);
-}
-
-DEVICE void floats8(const float* x, float (&y)[8]) {  // of shared memory
-  float4 a = ((const float4*)x)[0], b = ((const float4*)x)[1];
-  y[0] = a.x, y[1] = a.y, y[2] = a.z, y[3] = a.w, y[4] = b.x, y[5] = b.y, y[6] = b.z, y[7] = b.w;
-}
-
-DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if IN_FP16
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#endif
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 DEVICE float over_quad(const float (&x)[4], int c) {  // sums over the four threads of rows: that of row 4 g + c
   bool upper = c & 2, odd = c & 1;
@@ -160,6 +105,24 @@ DEVICE void load_matrix(const u16* matrix, int g, int c, u32 (&b)[4][8][2]) {
       }
 }
 
+// Eight channels of a thread's row i to the operands of the products.
+DEVICE void pack_row(const float (&x)[8], int half, int i, u32 (&a)[2][4][4]) {
+#pragma unroll
+  for (int e = 0; e < 8; e += 2) a[i / 2][2 * half + e / 4][i % 2 + e % 4 / 2 * 2] = pack16(x[e], x[e + 1]);
+}
+
+// 32 rows times a half of the columns, 4 blocks of columns of each 16 rows. Smaller heads lie within a half of the channels.
+DEVICE void attend(float (&product)[8][4], const u32 (&a)[2][4][4], const u32 (&matrix)[4][8][2], int half) {
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) product[j][e] = 0.0f;
+#pragma unroll
+    for (int s = 0; s < 4; s++)
+      if (HEAD_DIM == 64 || s / 2 == half) multiply(product[j], a[j / 4][s], matrix[s][4 * half + j % 4][0], matrix[s][4 * half + j % 4][1]);
+  }
+}
+
 // bias + convolution of v for four rows and eight channels. ``at``: where the first row's channels lie, see swizzled().
 DEVICE void convolve(u32 at, const float* conv, const float* bias, float (&sum)[4][8]) {
   floats8(bias, sum[0]);
@@ -226,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         Tile tile = tiles.at(p, n);
         barrier_wait(empty + 8 * stage, (turn & 1) ^ 1);
         barrier_expect(full + 8 * stage, PARTS * (Q_BYTES + V_BYTES));
-#pragma unroll
+#pragma unroll 1
         for (int part = 0; part < PARTS; part++) {
           u32 to = stages + stage * STAGE_BYTES + part * PART_BYTES;
           int row = tile.before + tile.first + part * ROWS;
@@ -269,8 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (first < LEFT || first - LEFT + V_ROWS > keys) {  // what is beyond the sequence's keys counts as 0
       for (int r = lane / 8; r < V_ROWS; r += 4) {
         int row = first - LEFT + r;
-        if (row < 0 || row >= keys)
-          asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(v_tile + r * 128 + lane % 8 * 16), "r"(0) : "memory");
+        if (row < 0 || row >= keys) store_zeros(v_tile + r * 128 + lane % 8 * 16);
       }
       fence_async_shared();
       __syncwarp();
@@ -278,42 +240,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
     // Powers of the rows, and their sums.
     float squares[4] = {}, tops[4] = {}, below[4][PAIRS] = {};
-#if IN_FP16
-    float high[2][4][8];
-#else
-    u32 a[2][4][4];  // of each 16 rows and step
-#endif
+    u32 a[2][4][4];  // powers as operands, of each 16 rows and step
     u32 q_at = swizzled(q_tile, 4 * g, c);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      float factor[8], mean[8], shift[8];
-      floats8(inverse_here + 32 * half, factor);
+      float mean[8];
+      Base base(inverse_here + 32 * half);
       floats8(mean_here + 32 * half, mean);
 #pragma unroll
-      for (int e = 0; e < 8; e++) shift[e] = factor[e] * FLOOR_F;
-#pragma unroll
       for (int i = 0; i < 4; i++) {
-        uint4 raw_row = load16((q_at ^ (i * 16 + half * CHUNK)) + i * 128);
-        raw_row = make_uint4(relu16(raw_row.x), relu16(raw_row.y), relu16(raw_row.z), relu16(raw_row.w));
         float x[8];
-        unpack8(raw_row, x);
+        base.read(q_at ^ (i * 16 + half * CHUNK), i, x);
 #pragma unroll
         for (int e = 0; e < 8; e++) {
-          float base = x[e] * factor[e] + shift[e], square = base * base;
-          float top = POWER == 3 ? square * base : square;
+          float square = x[e] * x[e];
+          float top = POWER == 3 ? square * x[e] : square;
           squares[i] += square;
           tops[i] += top * top;
           below[i][PAIRS == 2 ? half : 0] += top * mean[e];
           x[e] = top;
         }
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-#if IN_FP16
-          high[half][i][e] = x[e];
-#else
-          if (e % 2 == 0) a[i / 2][2 * half + e / 4][i % 2 + e % 4 / 2 * 2] = pack16(x[e], x[e + 1]);
-#endif
-        }
+        if (!IN_FP16) pack_row(x, half, i, a);
       }
     }
     float2 norm = make_float2(over_quad(squares, c), over_quad(tops, c));  // of row ``lane``
@@ -325,15 +272,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     float result[4][8], product[8][4];
     u32 v_at = swizzled(v_tile, 4 * g, c ^ (group * V_ROWS & 4));
-    convolve(v_at, conv_here, bias_here, result);
-#if !IN_FP16
-#pragma unroll
-    for (int j = 0; j < 8; j++) {  // 4 column blocks of each 16 rows
-#pragma unroll
-      for (int e = 0; e < 4; e++) product[j][e] = 0.0f;
-#pragma unroll
-      for (int s = 0; s < 4; s++) multiply(product[j], a[j / 4][s], matrix[s][j % 4][0], matrix[s][j % 4][1]);
-    }
+    convolve(v_at, conv_here, bias_here, result);  // while the other warps add up theirs
+#if !IN_FP16  // in bfloat16 the factor of a row may come behind its products
+    attend(product, a, matrix, 0);
 #endif
 #pragma unroll
     for (int i = 0; i < 4; i++)
@@ -348,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
       for (int other = 1; other < GROUPS; other++) norm.x += to[other * ROWS].x, norm.y += to[other * ROWS].y;
     }
-    float ratio = sqrtf(norm.y == 0.0f ? 0.0f : norm.x / norm.y) * (1.0f / UNIT);  // takes base^p to phi
+    float ratio = norm_factor(norm);
     float by[4], share[4][PAIRS];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -359,30 +300,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (!IN_FP16) share[i][pair] *= by[i];
       }
     }
-#if IN_FP16
-    u32 a[2][4][4];
+#if IN_FP16  // which does not hold the powers themselves
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++) {
+      Base base(inverse_here + 32 * half);
 #pragma unroll
-      for (int i = 0; i < 4; i++)
+      for (int i = 0; i < 4; i++) {
+        float x[8];
+        base.read(q_at ^ (i * 16 + half * CHUNK), i, x);
 #pragma unroll
-        for (int e = 0; e < 8; e += 2)
-          a[i / 2][2 * half + e / 4][i % 2 + e % 4 / 2 * 2] = pack16(high[half][i][e] * by[i], high[half][i][e + 1] * by[i]);
+        for (int e = 0; e < 8; e++) x[e] = power(x[e]) * by[i];
+        pack_row(x, half, i, a);
+      }
+    }
 #endif
     u16* out = p.out + ((long long)tile.batch * p.queries + tile.before + first + 4 * g) * CHANNELS + group * 64 + 8 * c;
     int left = tile.rows - first - 4 * g;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       if (half == 1) convolve(v_at ^ CHUNK, conv_here + 32, bias_here + 32, result);
-      if (half == 1 || IN_FP16) {
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-#pragma unroll
-          for (int e = 0; e < 4; e++) product[j][e] = 0.0f;
-#pragma unroll
-          for (int s = 0; s < 4; s++) multiply(product[j], a[j / 4][s], matrix[s][4 * half + j % 4][0], matrix[s][4 * half + j % 4][1]);
-        }
-      }
+      if (half == 1 || IN_FP16) attend(product, a, matrix, half);
       if (half == 1) {
         __syncwarp();
         if (lane == 0) barrier_arrive(empty + 8 * stage);  // q and v have been read
@@ -396,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
           const float(&here)[4] = product[i / 2 * 4 + j];
           w[j] = pack16(here[i % 2 * 2] * by_head + result[i][2 * j], here[i % 2 * 2 + 1] * by_head + result[i][2 * j + 1]);
         }
-        if (i < left) *(uint4*)(out + (long long)i * CHANNELS + 32 * half) = make_uint4(w[0], w[1], w[2], w[3]);
+        if (i < left) store16(out + i * CHANNELS + 32 * half, w);
       }
     }
     if (++stage == STAGES) stage = 0, turn++;

@@ -43,16 +43,18 @@ struct Params {
   float* lse;            // (B, H, L_q), natural, of the given K; may be null
   const int* rows;       // (B, H, N_q, width): selected key blocks, ascending
   const int* counts;     // (B, H, N_q)
-  const float* ratio;    // (B, H, N_q)
+  const float* ratio;    // (B, H, N_q), by strides
   const u8* records;     // (B, G, N_k, 3, 64 * D), see prepare.cu
   const float* k_scale;  // (B, G, N_k)
   const float* k_mean;   // (B, all G, D)
   const float* v_max;    // (B, all G, D)
-  float* partial;        // (splits, B * G, D, 136), of linear_totals
+  float* partial;        // (splits, B * G, D, D), rows share_row apart: shares of the sums over all blocks
+  float* share_ones;     // (splits, B * G, D): their column of ones
   float* totals;         // (B * G, 2, 16, 128, 4): sums over all blocks, in the order in which threads hold them, and
   float* total_ones;     // (B * G, D): their column of ones
   int* counter;          // of items; zero at launch
   int batches, heads, groups, queries, keys, q_blocks, k_blocks, width, splits, first_head, all_heads;
+  int ratio_batch, ratio_head, ratio_block, share_row;  // strides
   float scale;           // softmax scale * log2 e
 };
 
@@ -498,7 +500,7 @@ sparse_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
     int row_a = group * 64 + r_a, first = vs;
     if (chosen > SHORT_SUM) add_sums(o, h_shared + t * 4 + group * (34 * 512), m, row_tops + 64 * group + r_a);
     bool nothing = chosen >= p.k_blocks;
-    float ratio = __ldg(p.ratio + it.at);
+    float ratio = __ldg(p.ratio + it.b * p.ratio_batch + it.h * p.ratio_head + it.tile * p.ratio_block);
     const float* ones_of = p.total_ones + (long long)it.kv * HEAD_DIM + row_a;
     Row2 total_ones = {__ldg(ones_of), __ldg(ones_of + 8)};
     for (int part = 0; part < TOTAL_PARTS; part++) {
@@ -613,7 +615,6 @@ linear_totals(const __grid_constant__ Params p) {
       if (++stage == TOTALS_STAGES) stage = 0, phase ^= 1;
     }
   }
-  long long size = HEAD_DIM * 136, head = (long long)kv * size;
   if (group >= 0) {
     u64 v_operand = operand<64>(shared_address(tiles) + PHI_BYTES), phi_operand = operand<64>(shared_address(tiles) + group * 64 * KEYS);
     float h[REGS], part[REGS];  // sums of a block apart: the matrix unit's own keep some 14 bits
@@ -634,33 +635,40 @@ linear_totals(const __grid_constant__ Params p) {
       for (int r = 0; r < REGS; r++) h[r] += part[r];
       if (++stage == TOTALS_STAGES) stage = 0, phase ^= 1;
     }
-    int row = group * 64 + t / 32 * 16 + t % 32 / 4, column0 = 2 * (t % 4);
-    float* to = p.partial + (long long)split * gridDim.y * size + head + row * 136 + column0;
+    long long at = ((long long)split * gridDim.y + kv) * HEAD_DIM + group * 64 + t / 32 * 16 + t % 32 / 4;
+    float* to = p.partial + at * p.share_row + 2 * (t % 4);
 #pragma unroll
-    for (int j = 0; j < 17; j++) {
+    for (int j = 0; j < 16; j++) {
       *(float2*)(to + 8 * j) = make_float2(h[4 * j], h[4 * j + 1]);
-      *(float2*)(to + 8 * 136 + 8 * j) = make_float2(h[4 * j + 2], h[4 * j + 3]);
+      *(float2*)(to + 8 * p.share_row + 8 * j) = make_float2(h[4 * j + 2], h[4 * j + 3]);
     }
+    if (t % 4 == 0) p.share_ones[at] = h[64], p.share_ones[at + 8] = h[66];
   }
 }
 
-// The shares of linear_totals to sums, in the order of Params::totals: one block of threads for four columns of a warpgroup's rows.
+// The shares of linear_totals to sums, in the order of Params::totals: one block of threads for four columns of a warpgroup's rows, or their ones.
 extern "C" __global__ void __launch_bounds__(128) add_totals(const __grid_constant__ Params p) {
   int i = blockIdx.x % 17, group = blockIdx.x / 17, t = threadIdx.x, kv = blockIdx.y;
-  int row = group * 64 + t / 32 * 16 + t % 32 / 4, column = 8 * i + 2 * (t % 4);
-  long long size = HEAD_DIM * 136;
-  const float* from = p.partial + kv * size + row * 136 + column;
+  int row = group * 64 + t / 32 * 16 + t % 32 / 4;
+  long long at = (long long)kv * HEAD_DIM + row, step = (long long)gridDim.y * HEAD_DIM;  // rows
   float4 sum = make_float4(0, 0, 0, 0);
   after_the_kernel_before();
-#pragma unroll 8
-  for (int n = 0; n < p.splits; n++) {
-    float2 x = __ldcg((const float2*)(from + n * gridDim.y * size)), y = __ldcg((const float2*)(from + n * gridDim.y * size + 8 * 136));
-    sum.x += x.x, sum.y += x.y, sum.z += y.x, sum.w += y.y;
-  }
   if (i < 16) {
+    const float* from = p.partial + at * p.share_row + 8 * i + 2 * (t % 4);
+#pragma unroll 8
+    for (int n = 0; n < p.splits; n++) {
+      const float* share = from + n * step * p.share_row;
+      float2 x = __ldcg((const float2*)share), y = __ldcg((const float2*)(share + 8 * p.share_row));
+      sum.x += x.x, sum.y += x.y, sum.z += y.x, sum.w += y.y;
+    }
     ((float4*)p.totals)[((kv * 2 + group) * 16 + i) * 128 + t] = sum;
   } else if (t % 4 == 0) {
-    p.total_ones[kv * HEAD_DIM + row] = sum.x;
-    p.total_ones[kv * HEAD_DIM + row + 8] = sum.z;
+#pragma unroll 8
+    for (int n = 0; n < p.splits; n++) {
+      sum.x += __ldcg(p.share_ones + at + n * step);
+      sum.z += __ldcg(p.share_ones + at + n * step + 8);
+    }
+    p.total_ones[at] = sum.x;
+    p.total_ones[at + 8] = sum.z;
   }
 }

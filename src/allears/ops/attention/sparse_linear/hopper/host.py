@@ -4,152 +4,103 @@ Shapes: B batch, L_q queries, L_k keys, H query heads, G key/value heads, D = 12
 N_k blocks of 64 keys.
 """
 
-import ctypes
 import math
-from ctypes import c_float, c_int, c_longlong, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from allears.ops.attention.lowbit.hopper.host import kernel
+from allears.ops.attention.sparse_linear.hopper.launches import Launch, fills, launch_for
+from allears.ops.attention.sparse_linear.hopper.params import COLUMNS, HEAD_DIM, ForwardParams, PrepareParams, Scratch
 from allears.ops.attention.sparse_linear.ops_hopper import BLOCK_K, BLOCK_Q
-from allears.ops.nvrtc import Kernel, tensor_map
+from allears.ops.launches import Kept
+from allears.ops.nvrtc import Kernel, TensorMaps, current_stream, zero_words
 
-HEAD_DIM = 128
 _PART = 512  # tokens of a block of threads in statistics
-_COLUMNS = 136  # of h: the channels of V, one of ones, and what fills up to a multiple of 8
 _K_STAGES, _V_STAGES, _TOTALS_STAGES = 3, 4, 8
-_V_STAGE = _COLUMNS * BLOCK_K + HEAD_DIM * BLOCK_K
-_SHARED = 4 * 128 * 128 + 2 * 128 * 128 + _K_STAGES * BLOCK_K * 128 + _V_STAGES * _V_STAGE + 2 * _COLUMNS * 128 + 1024
+_V_STAGE = COLUMNS * BLOCK_K + HEAD_DIM * BLOCK_K
+_SHARED = 4 * 128 * 128 + 2 * 128 * 128 + _K_STAGES * BLOCK_K * 128 + _V_STAGES * _V_STAGE + 2 * COLUMNS * 128 + 1024
 _TOTALS_SHARED = _TOTALS_STAGES * _V_STAGE + 1024
-EARLY = True
-"""Whether a kernel begins while the one before it ends; see ``hopper/early.cuh``."""
-L2_HINTS = False
-"""Whether the cache is asked to keep key blocks; see ``hopper/forward.cu``."""
+_SUMMED_SHARED = 2 * _V_STAGE + 4 * 128 * 128 * 2 + 2 * 128 * (HEAD_DIM + 4) + 1024
+LAUNCH: Launch | None = None
+"""Taken instead of what ``launches.py`` says, where it is set."""
 _SHARES_FRACTION = 0.012  # of the bytes of q, k and v: for shares of sums
 FOLDER = Path(__file__).parent
 
 
-class _PrepareParams(ctypes.Structure):
-    _fields_ = tuple(
-        (name, c_void_p)
-        for name in (
-            "q", "k", "v", "q_pool", "k_pool", "k_mean", "v_max", "partial", "done", "records", "k_scale", "counter",
-        )
-    ) + tuple(
-        (f"{x}_{axis}", c_longlong) for x in ("q", "k", "v") for axis in ("batch", "row", "head")
-    ) + tuple(
-        (name, c_int)
-        for name in (
-            "heads", "groups", "queries", "keys", "q_blocks", "k_blocks", "q_parts", "k_parts", "smooth",
-            "first_group", "all_groups",
-        )
-    )  # fmt: skip
+def _kernel(
+    file: str, function: str, device: torch.device, shared_bytes: int, half: bool, launch: Launch | None = None
+) -> Kernel:
+    defines = {"HEAD_DIM": HEAD_DIM, "IN_FP16": int(half)}
+    if launch is not None:
+        defines |= {"V_AHEAD": int(launch.v_ahead)} if file == "prepare.cu" else {"L2_HINTS": int(launch.l2_hints)}
+    return kernel(file, function, device, shared_bytes, FOLDER, **defines)
 
 
-class _ForwardParams(ctypes.Structure):
-    _fields_ = tuple(
-        (name, c_void_p)
-        for name in (
-            "lse", "rows", "counts", "ratio", "records", "k_scale", "k_mean", "v_max", "partial", "totals",
-            "total_ones", "counter",
-        )
-    ) + tuple(
-        (name, c_int)
-        for name in (
-            "batches", "heads", "groups", "queries", "keys", "q_blocks", "k_blocks", "width", "splits",
-            "first_head", "all_heads",
-        )
-    ) + (("scale", c_float),)  # fmt: skip
+class _Measuring:
+    """The one launch of :func:`statistics` for inputs of one kind."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, smooth: bool) -> None:
+        self.params = _prepare_params(q, k, v, smooth)
+        parts = self.params.q_parts, self.params.k_parts
+        self.grid = max(parts), q.shape[2] + k.shape[2], q.shape[0]
+        run = _kernel("prepare.cu", "statistics", q.device, 0, q.dtype == torch.float16, _launch(q))
+        self.run = run.launcher(256, self.params)
 
 
-def _kernel(file: str, function: str, device: torch.device, shared_bytes: int, half: bool) -> Kernel:
-    return kernel(
-        file, function, device, shared_bytes, FOLDER, HEAD_DIM=HEAD_DIM, IN_FP16=int(half), L2_HINTS=int(L2_HINTS)
-    )
+_MEASURING: Kept[_Measuring] = Kept()
 
 
 def statistics(q: Tensor, k: Tensor, v: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q_pool, k_pool, k_mean, v_max as :class:`Statistics` of ``ops_hopper.py`` has them; q (B, L_q, H,
     D), k and v (B, L_k, G, D), 16 bit, aligned rows.
     """
-    batch, queries, heads, _ = q.shape
-    keys, groups = k.shape[1:3]
-    q_pool = q.new_empty(batch, heads, -(-queries // BLOCK_Q), HEAD_DIM, dtype=torch.float32)
-    k_pool = q.new_empty(batch, groups, -(-keys // BLOCK_K), HEAD_DIM, dtype=torch.float32)
-    k_mean = q.new_empty(batch, groups, HEAD_DIM, dtype=torch.float32)
-    zeros = q.new_zeros(batch * groups, HEAD_DIM + 1, dtype=torch.float32).flatten()
-    v_max = zeros[: batch * groups * HEAD_DIM].view(batch, groups, HEAD_DIM)
-    q_parts, k_parts = -(-queries // _PART), -(-keys // _PART)
-    partial = q.new_empty(batch, groups, k_parts, HEAD_DIM, dtype=torch.float32)
-    done = zeros[batch * groups * HEAD_DIM :]
-    params = _prepare_params(
-        q, k, v, k_mean, v_max, q_pool=q_pool, k_pool=k_pool, partial=partial, done=done, smooth=smooth
-    )
-    run = _kernel("prepare.cu", "statistics", q.device, 0, q.dtype == torch.float16)
-    run((max(q_parts, k_parts), heads + groups, batch), 256, params)
-    return q_pool, k_pool, k_mean, v_max
+    key = (*_kind(q, k, v), smooth)
+    made = _MEASURING.take(key, lambda: _Measuring(q, k, v, smooth))
+    params = made.params
+    batch, _, heads, _ = q.shape
+    groups, channels = k.shape[2], q.shape[0] * k.shape[2] * HEAD_DIM
+    q_pool = q.new_empty((batch, heads, params.q_blocks, HEAD_DIM), dtype=torch.float32)
+    k_pool = q.new_empty((batch, groups, params.k_blocks, HEAD_DIM), dtype=torch.float32)
+    k_mean = q.new_empty((batch, groups, HEAD_DIM), dtype=torch.float32)
+    zeros = q.new_empty(channels + batch * groups, dtype=torch.float32)
+    partial = q.new_empty((batch, groups, params.k_parts, HEAD_DIM), dtype=torch.float32)
+    stream, start = current_stream(), zeros.data_ptr()
+    zero_words(start, channels + batch * groups, stream)
+    params.q, params.k, params.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    params.q_pool, params.k_pool, params.k_mean = q_pool.data_ptr(), k_pool.data_ptr(), k_mean.data_ptr()
+    params.v_max, params.done, params.partial = start, start + 4 * channels, partial.data_ptr()
+    made.run(*made.grid, stream)
+    _MEASURING.give(key, made)
+    return q_pool, k_pool, k_mean, zeros[:channels].view(batch, groups, HEAD_DIM)
 
 
-class _Scratch(NamedTuple):
-    """Of C key heads.
-
-    Args:
-        records: (B * C, N_k, 3, 64 * D) bytes: K, phi(K) and V of each block, as the products read them.
-        k_scale: (B * C, N_k) float32.
-        partial: (splits, B * C, D, 136) float32, shares of the sum of h over all blocks.
-        totals: (B * C, D, D) float32, their sum in the order of the kernel's registers.
-        total_ones: (B * C, D) float32, the same of a column of ones.
-    """
-
-    records: Tensor
-    k_scale: Tensor
-    partial: Tensor
-    totals: Tensor
-    total_ones: Tensor
+def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """All that prepared launches depend on of q, k and v but their addresses."""
+    return q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, _launch(q)
 
 
-def _scratch(like: Tensor, key_heads: int, k_blocks: int, splits: int) -> _Scratch:
-    return _Scratch(
-        like.new_empty(key_heads, k_blocks, 3, BLOCK_K * HEAD_DIM, dtype=torch.uint8),
-        like.new_empty(key_heads, k_blocks, dtype=torch.float32),
-        like.new_empty(splits, key_heads, HEAD_DIM, _COLUMNS, dtype=torch.float32),
-        like.new_empty(key_heads, HEAD_DIM, HEAD_DIM, dtype=torch.float32),
-        like.new_empty(key_heads, HEAD_DIM, dtype=torch.float32),
-    )
+def _launch(q: Tensor) -> Launch:
+    return LAUNCH or launch_for(q.numel())
 
 
-def _prepare_params(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_mean: Tensor,
-    v_max: Tensor,
-    *,
-    q_pool: Tensor | None = None,
-    k_pool: Tensor | None = None,
-    partial: Tensor | None = None,
-    done: Tensor | None = None,
-    scratch: _Scratch | None = None,
-    counter: Tensor | None = None,
-    smooth: bool = False,
-) -> _PrepareParams:
-    records, k_scale = scratch[:2] if scratch else (None, None)
-    tensors = (q, k, v, q_pool, k_pool, k_mean, v_max, partial, done, records, k_scale, counter)
+def _prepare_params(q: Tensor, k: Tensor, v: Tensor, smooth: bool = False) -> PrepareParams:
+    """Without addresses."""
     strides = [x.stride(axis) for x in (q, k, v) for axis in range(3)]
     queries, keys, groups = q.shape[1], k.shape[1], k.shape[2]
-    return _PrepareParams(
-        *(None if x is None else x.data_ptr() for x in tensors), *strides, q.shape[2], groups, queries, keys,
-        -(-queries // BLOCK_Q), -(-keys // BLOCK_K), -(-queries // _PART), -(-keys // _PART), int(smooth), 0, groups,
+    return PrepareParams(
+        *(None,) * 14, *strides, q.shape[2], groups, queries, keys,
+        -(-queries // BLOCK_Q), -(-keys // BLOCK_K), -(-queries // _PART), -(-keys // _PART), int(smooth), 0,
+        groups, 1, HEAD_DIM,
     )  # fmt: skip
 
 
 def _turns(q: Tensor, k: Tensor, v: Tensor, scratch_fraction: float, multiprocessors: int) -> tuple[int, int]:
-    """Key heads to take at once, at least 1, and shares of their keys in linear_totals, so that scratch stays within
-    the fraction of the bytes of q, k and v.
+    """Key heads to take at once, at least 1, and shares of their keys, so that scratch stays within the fraction of the
+    bytes of q, k and v.
     """
     batch, keys, groups, _ = k.shape
     bytes_all = sum(x.numel() * x.element_size() for x in (q, k, v))
@@ -157,9 +108,129 @@ def _turns(q: Tensor, k: Tensor, v: Tensor, scratch_fraction: float, multiproces
     fitting = max(1, int((scratch_fraction - shares) * bytes_all / (3 * batch * keys * HEAD_DIM)))
     at_once = -(-groups // -(-groups // min(groups, fitting)))
     heads = batch * at_once
-    affordable = int(shares * bytes_all / (4 * heads * HEAD_DIM * _COLUMNS))
-    wanted = min(-(-keys // (4 * BLOCK_K)), -(-multiprocessors // heads))
+    affordable = int(shares * bytes_all / (4 * heads * HEAD_DIM * (HEAD_DIM + 1)))
+    wanted = min(-(-keys // (4 * BLOCK_K)), multiprocessors // heads)  # one wave
     return at_once, max(1, min(wanted, affordable))
+
+
+def _turns_of_one_pass(
+    q: Tensor, k: Tensor, v: Tensor, scratch_fraction: float, multiprocessors: int
+) -> tuple[int, tuple[int, ...]] | None:
+    """For ``summed.cu``, whose shares lie in that part of the output which the turn writes at its end: key heads to
+    take at once, and shares of the keys in each turn, a wave of blocks of threads; None where they do not fit, or
+    would leave many multiprocessors idle.
+    """
+    batch, keys, groups, _ = k.shape
+    bytes_all = sum(x.numel() * x.element_size() for x in (q, k, v))
+    fitting = max(1, int(scratch_fraction * bytes_all / (3 * batch * keys * HEAD_DIM)))
+    at_once = -(-groups // -(-groups // min(groups, fitting)))
+    splits = []
+    for first in range(0, groups, at_once):
+        heads = batch * min(at_once, groups - first)
+        rows = q.shape[0] * q.shape[1] // (heads * HEAD_DIM)  # a row of a share in one of the output
+        splits.append(min(multiprocessors // heads, -(-keys // (4 * BLOCK_K)), rows))
+        wide = heads // batch * (q.shape[2] // groups) * q.element_size() >= 4  # D numbers in float32
+        if splits[-1] < 1 or not wide or not fills(splits[-1] * heads, multiprocessors):
+            return None
+    return at_once, tuple(splits)
+
+
+class _Turn(NamedTuple):
+    """``heads`` key heads from ``first`` on, their keys in ``splits`` shares, and the blocks of threads of the main
+    kernel."""
+
+    first: int
+    heads: int
+    splits: int
+    blocks: int
+
+
+class _Attending:
+    """The launches of :func:`attend` for calls of one kind."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, ratio: Tensor, out: Tensor, scale: float, fraction: float
+    ) -> None:
+        (batch, queries, heads, _), (keys, groups) = q.shape, k.shape[1:3]
+        device, half, launch = q.device, q.dtype == torch.float16, _launch(q)
+        q_blocks, width = rows.shape[2:]
+        k_blocks, multiprocessors = -(-keys // BLOCK_K), _multiprocessors(device)
+        one_pass = _turns_of_one_pass(q, k, v, fraction, multiprocessors) if launch.one_pass else None
+        self.one_pass = one_pass is not None
+        if one_pass is not None:
+            at_once, each = one_pass
+        else:
+            at_once, splits = _turns(q, k, v, fraction, multiprocessors)
+            each = (splits,) * -(-groups // at_once)
+        self.places, self.bytes = Scratch.of(batch * at_once, k_blocks, max(each), self.one_pass).places()
+        self.shared, self.key_tiles, self.out = heads // groups, -(-keys // 128), 0
+        self.turns = []
+        for first, splits in zip(range(0, groups, at_once), each, strict=True):
+            here = min(at_once, groups - first)
+            blocks = min(batch * here * self.shared * q_blocks, multiprocessors)
+            self.turns.append(_Turn(first, here, splits, blocks))
+        self.prepare = _prepare_params(q, k, v)
+        self.params = ForwardParams(
+            *(None,) * 13, batch, heads, groups, queries, keys, q_blocks, k_blocks, width, splits, 0, heads,
+            *ratio.stride(), HEAD_DIM, scale * math.log2(math.e),
+        )  # fmt: skip
+        if self.one_pass:  # rows of a share go where rows of the output will, of two bytes a number
+            self.prepare.share_row = self.params.share_row = heads * HEAD_DIM // 2
+        self.q_map, self.out_map = (TensorMaps(x, (1, 64, 1, 64), 128) for x in (q, out))
+        early = launch.early
+        if self.one_pass:
+            summed = _kernel("summed.cu", "quantise_and_sum", device, _SUMMED_SHARED, half)
+            self.quantise = summed.launcher(512, self.prepare, early=early)
+        else:
+            quantise = _kernel("prepare.cu", "quantise", device, 0, half, launch)
+            self.quantise = quantise.launcher(512, self.prepare, early=early)
+            totals = _kernel("forward.cu", "linear_totals", device, _TOTALS_SHARED, half, launch)
+            self.totals = totals.launcher(384, self.params, early=early)
+        add = _kernel("forward.cu", "add_totals", device, 0, half, launch)
+        self.add = add.launcher(128, self.params, early=early)
+        forward = _kernel("forward.cu", "sparse_forward", device, _SHARED, half, launch)
+        self.forward = forward.launcher(384, self.q_map.map, self.out_map.map, self.params, early=early)
+
+    def point(
+        self, q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, Tensor], ratio: Tensor, k_mean: Tensor,
+        v_max: Tensor, scratch: Tensor, out: Tensor, lse: Tensor | None,
+    ) -> None:  # fmt: skip
+        """To these tensors."""
+        prepare, params, start, of_q, of_mean, of_top = (
+            self.prepare, self.params, scratch.data_ptr(), q.data_ptr(), k_mean.data_ptr(), v_max.data_ptr(),
+        )  # fmt: skip
+        records, k_scale, shares, ones, totals, total_ones, counter = (start + place for place in self.places)
+        self.out = out.data_ptr()
+        prepare.q, prepare.k, prepare.v = of_q, k.data_ptr(), v.data_ptr()
+        prepare.k_mean, prepare.v_max = of_mean, of_top
+        prepare.records, prepare.k_scale, prepare.counter = records, k_scale, counter
+        prepare.share_ones = params.share_ones = ones
+        params.lse = None if lse is None else lse.data_ptr()
+        params.rows, params.counts, params.ratio = lists[0].data_ptr(), lists[1].data_ptr(), ratio.data_ptr()
+        params.k_mean, params.v_max = of_mean, of_top
+        params.records, params.k_scale, params.partial, params.counter = records, k_scale, shares, counter
+        params.totals, params.total_ones = totals, total_ones
+        self.q_map.move(of_q)
+        self.out_map.move(self.out)
+
+    def run(self) -> None:
+        """Launch all, on the current stream."""
+        prepare, params, stream, batch = self.prepare, self.params, current_stream(), self.params.batches
+        for first, here, splits, blocks in self.turns:
+            prepare.groups, prepare.first_group = here, first
+            params.groups, params.heads, params.first_head = here, here * self.shared, first * self.shared
+            prepare.splits = params.splits = splits
+            if self.one_pass:
+                prepare.shares = params.partial = self.out + 2 * HEAD_DIM * first * self.shared
+                self.quantise(splits, here, batch, stream)
+            else:
+                self.quantise(self.key_tiles, here, batch, stream)
+                self.totals(splits, batch * here, 1, stream)
+            self.add(2 * 17, batch * here, 1, stream)
+            self.forward(blocks, 1, 1, stream)
+
+
+_ATTENDING: Kept[_Attending] = Kept()
 
 
 def attend(
@@ -180,7 +251,7 @@ def attend(
     Args:
         q, k, v: (B, L_q, H, D), (B, L_k, G, D), 16 bit, aligned rows.
         rows, count: as in :class:`Blocks`, of 128 queries and 64 keys, contiguous; at least one block of each row.
-        ratio: (B, H, N_q) float32, contiguous.
+        ratio: (B, H, N_q) float32, any strides.
         k_mean, v_max: of these k and v, see :func:`statistics`.
         scale: factor on the logits.
         need_lse: whether lse is wanted.
@@ -190,41 +261,14 @@ def attend(
     Returns:
         out (B, L_q, H, D), lse (B, H, L_q) or None.
     """
-    batch, queries, heads, _ = q.shape
-    keys, groups = k.shape[1:3]
-    device, half = q.device, q.dtype == torch.float16
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(batch, heads, queries, dtype=torch.float32) if need_lse else None
-    q_blocks, width = rows.shape[2:]
-    k_blocks = -(-keys // BLOCK_K)
-    multiprocessors = _multiprocessors(device)
-    at_once, splits = _turns(q, k, v, scratch_fraction, multiprocessors)
-    scratch = _scratch(q, batch * at_once, k_blocks, splits)
-    counter = q.new_empty(1, dtype=torch.int32)
-    shared = heads // groups
-    prepare = _prepare_params(q, k, v, k_mean, v_max, scratch=scratch, counter=counter)
-    params = _ForwardParams(
-        None if lse is None else lse.data_ptr(), rows.data_ptr(), count.data_ptr(),
-        ratio.data_ptr(), scratch.records.data_ptr(), scratch.k_scale.data_ptr(), k_mean.data_ptr(),
-        v_max.data_ptr(),
-        scratch.partial.data_ptr(), scratch.totals.data_ptr(), scratch.total_ones.data_ptr(), counter.data_ptr(),
-        batch, heads, groups, queries, keys, q_blocks, k_blocks, width, splits, 0, heads, scale * math.log2(math.e),
-    )  # fmt: skip
-    q_map, out_map = (tensor_map(x, (1, 64, 1, 64), 128) for x in (q, out))
-    early = EARLY
-    quantise = _kernel("prepare.cu", "quantise", device, 0, half).bind(512, prepare, early=early)
-    totals = _kernel("forward.cu", "linear_totals", device, _TOTALS_SHARED, half).bind(384, params, early=early)
-    add = _kernel("forward.cu", "add_totals", device, 0, half).bind(128, params, early=early)
-    forward = _kernel("forward.cu", "sparse_forward", device, _SHARED, half)
-    forward = forward.bind(384, q_map, out_map, params, early=early)
-    for first in range(0, groups, at_once):
-        here = min(at_once, groups - first)
-        prepare.groups, prepare.first_group = here, first
-        params.groups, params.heads, params.first_head = here, here * shared, first * shared
-        quantise(-(-keys // 128), here, batch)
-        totals(splits, batch * here, 1)
-        add(2 * 17, batch * here, 1)
-        forward(min(batch * here * shared * q_blocks, multiprocessors), 1, 1)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32) if need_lse else None
+    key = (*_kind(q, k, v), rows.shape[3], ratio.stride(), scale, scratch_fraction)
+    made = _ATTENDING.take(key, lambda: _Attending(q, k, v, rows, ratio, out, scale, scratch_fraction))
+    scratch = q.new_empty(made.bytes, dtype=torch.uint8)
+    made.point(q, k, v, (rows, count), ratio, k_mean, v_max, scratch, out, lse)
+    made.run()
+    _ATTENDING.give(key, made)
     return out, lse
 
 
