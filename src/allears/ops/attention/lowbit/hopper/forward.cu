@@ -5,8 +5,6 @@
 // items (query tile, head, batch) until none are left.
 //
 // Defined by the host: HEAD_DIM (64 or 128), CAUSAL, PV_INT8, IN_FP16, SAVE_Q, and what launches.py chooses:
-//   PV_SHARES   P V of a tile in 1, 2 or 4 products, each begun while the next share's exponentials are taken (HEAD_DIM 64)
-//   S_AHEAD     the next tile's S begins behind P V, beside the sum of O (HEAD_DIM 64)
 //   SKIP        a warpgroup passes over tiles that all of its rows are hidden from, and over all of them if it has no rows
 
 #include "common.cuh"
@@ -92,23 +90,9 @@ DEVICE void issue_s(int (&s)[64], u64 a, u64 b) {
   for (int k = 0; k < HEAD_DIM / 32; k++) mma_s8(s, a + 2 * k, b + 2 * k, k > 0);
 }
 
-#if S_AHEAD
-// What reads x after a wait stays behind it.
-template <int N>
-DEVICE void arrived(int (&x)[N]) {
+DEVICE void issue_pv(acc_t (&o)[PREGS], const u32 (&pa)[16], u64 b) {
 #pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i])::"memory");
-}
-template <int N>
-DEVICE void arrived(float (&x)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
-}
-#endif
-
-DEVICE void issue_pv(acc_t (&o)[PREGS], const u32 (&pa)[16], u64 b, int first, int last) {
-#pragma unroll
-  for (int k = first; k < last; k++) {
+  for (int k = 0; k < 4; k++) {
 #if PV_INT8
     mma_u8_reg(o, pa[4 * k], pa[4 * k + 1], pa[4 * k + 2], pa[4 * k + 3], b + 2 * k, k > 0);
 #else
@@ -309,44 +293,19 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
         limit_a = min(limit, row_a + 1 + it.keys - it.rows - j * KEYS);
         limit_b = min(limit, row_a + 9 + it.keys - it.rows - j * KEYS);
 #endif
-        Row2 offset = maxima<masked>(s, c, m, at, keep, limit_a, limit_b, column0);
+        softmax<masked>(s, c, m, at, l, keep, limit_a, limit_b, column0);
         int next_stage = stage + 1 == STAGES ? 0 : stage + 1, next_phase = stage + 1 == STAGES ? phase ^ 1 : phase;
         float v_scale = now.y == 0.0f ? unit : now.y, ratio = unit * reciprocal(v_scale);
         Row2 keep_o = {keep.a * ratio, keep.b * ratio};
         unit = v_scale;
-#pragma unroll
-        for (int share = 0; share < PV_SHARES; share++) {
-          int first = 4 / PV_SHARES * share, last = first + 4 / PV_SHARES;
-          exponentials<masked>(s, 4 * first, 4 * last, c, offset);
-          pack_p(s, pa, first, last);
-          if (share == 0) barrier_wait(v_full + 8 * stage, phase);
-          mma_fence();
-          issue_pv(part, pa, v_operand + stage * (V_STAGE >> 4), first, last);
-          mma_commit();
-        }
+        pack_p(s, pa);
+        barrier_wait(v_full + 8 * stage, phase);
+        mma_fence();
+        issue_pv(part, pa, v_operand + stage * (V_STAGE >> 4));
+        mma_commit();
 #if PV_INT8
         sum_up(pa, c, l, keep);
 #endif
-#if S_AHEAD
-        if (!last) {
-          barrier_wait(k_full + 8 * next_stage, next_phase);
-          mma_fence();
-          issue_s(s, q_at, k_operand + next_stage * (K_BYTES >> 4));
-          mma_commit();
-          mma_wait<1>();
-        } else {
-          mma_wait<0>();
-        }
-        arrived(part);
-        if (leader) barrier_arrive(v_empty + 8 * stage);
-        accumulate(o, part, keep_o);
-        SUM_UP(keep)
-        if (!last) {
-          mma_wait<0>();
-          arrived(s);
-          if (leader) barrier_arrive(k_empty + 8 * next_stage);
-        }
-#else
         mma_wait<0>();
         if (leader) barrier_arrive(v_empty + 8 * stage);
         accumulate(o, part, keep_o);
@@ -359,7 +318,6 @@ attention_forward(const __grid_constant__ TensorMap k_map, const __grid_constant
           mma_wait<0>();
           if (leader) barrier_arrive(k_empty + 8 * next_stage);
         }
-#endif
         now = next;
         stage = next_stage;
         phase = next_phase;

@@ -32,25 +32,25 @@ DEVICE Row2 in_base_2(int top_a, int top_b, Row2 c) {
   return top;
 }
 
-// Steps ``first`` to ``last`` (8 columns each) of S to P, relative to ``offset``.
+// S to P, relative to ``oa`` and ``ob``.
 template <bool MASKED>
-DEVICE void exponentials(int (&s)[64], int first, int last, Row2 c, Row2 offset) {
+DEVICE void exponentials(int (&s)[64], Row2 c, float oa, float ob) {
 #pragma unroll
-  for (int j = first; j < last; j++) {
+  for (int j = 0; j < 16; j++) {
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       float x = (float)s[4 * j + e];
       if (MASKED && s[4 * j + e] == HIDDEN) x = -INFINITY_F;
-      x = e < 2 ? fmaf(x, c.a, -offset.a) : fmaf(x, c.b, -offset.b);
+      x = e < 2 ? fmaf(x, c.a, -oa) : fmaf(x, c.b, -ob);
       s[4 * j + e] = __float_as_int(exp2_fast(x));
     }
   }
 }
 
-// Maxima of a tile, and what ``exponentials`` takes off S. ``m``: running maxima. FP8: P is relative to them, and ``keep`` the factor of what came before. INT8: P
+// S (integers) of one tile to P, which pack_p brings to 8 bits. ``m``: running maxima. FP8: P is relative to them, and ``keep`` the factor of what came before. INT8: P
 // is relative to the tile's own maximum ``at`` (not below m - 20, so that o, which is kept in units of the last tile's P, stays finite).
 template <bool MASKED>
-DEVICE Row2 maxima(int (&s)[64], Row2 c, Row2& m, Row2& at, Row2& keep, int limit_a, int limit_b, int column0) {
+DEVICE void softmax(int (&s)[64], Row2 c, Row2& m, Row2& at, Row2& l, Row2& keep, int limit_a, int limit_b, int column0) {
   int top_a = HIDDEN, top_b = HIDDEN;
   highest<MASKED>(s, top_a, top_b, limit_a, limit_b, column0);
   Row2 top = in_base_2<MASKED>(quad_max(top_a), quad_max(top_b), c);
@@ -66,7 +66,7 @@ DEVICE Row2 maxima(int (&s)[64], Row2 c, Row2& m, Row2& at, Row2& keep, int limi
   keep.b = exp2_fast(at.b - ub);
   at.a = na;
   at.b = nb;
-  return {ua - P_OFFSET, ub - P_OFFSET};
+  exponentials<MASKED>(s, c, ua - P_OFFSET, ub - P_OFFSET);
 }
 
 #if PV_INT8
@@ -77,11 +77,10 @@ DEVICE u32 pack_half(float lo, float hi) {
 }
 #endif
 
-// Quarters ``first`` to ``last`` of P, 32 columns each, to operands.
-DEVICE void pack_p(const int (&s)[64], u32 (&pa)[16], int first, int last) {
+DEVICE void pack_p(const int (&s)[64], u32 (&pa)[16]) {
 #define F(i) __int_as_float(s[i])
 #pragma unroll
-  for (int kb = first; kb < last; kb++) {
+  for (int kb = 0; kb < 4; kb++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
 #pragma unroll

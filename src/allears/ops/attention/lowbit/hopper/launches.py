@@ -17,17 +17,13 @@ class ForwardLaunch:
 
     Args:
         skip: a warpgroup passes over tiles that are hidden from all of its rows.
-        pv_shares: products in which P V of a tile is made, 1, 2 or 4; more than 1 at head size 64.
-        s_ahead: begin the next tile's scores before the sum of O; head size 64.
     """
 
     skip: bool = False
-    pv_shares: int = 1
-    s_ahead: bool = False
 
     @property
     def defines(self) -> dict[str, int]:
-        """Macro -> number."""
+        """Macro -> 0 or 1."""
         return _macros(self)
 
 
