@@ -180,7 +180,9 @@ def router_kernel(
 
 
 _ROUTER = Known(router_kernel)
-_A_WARP = 512  # key blocks that a warp holds, of a top-k choice; of the others 512
+_A_WARP = 512
+"""Key blocks that a warp holds. Measured on an H100, a top-k choice at (1, 32760, 12, 128) and (1, 75600, 40, 128):
+0.046 and 0.277 ms; with 1024 0.046 and 0.291, with 2048 0.055 and 0.421."""
 
 
 def route_triton(
@@ -244,8 +246,7 @@ def route_triton(
             "PACKED": cu_seqlens_q is not None,
         }
         arguments = (*lists, cu_seqlens_q, cu_seqlens_k, *sizes, *shares)
-        a_warp = 512 if keep is None or skip is not None else _A_WARP
-        _ROUTER((count.numel(), 1, 1), arguments, constants, num_warps=max(1, held // a_warp))
+        _ROUTER((count.numel(), 1, 1), arguments, constants, num_warps=max(1, held // _A_WARP))
     return Blocks(rows, count, linear)
 
 

@@ -6,8 +6,7 @@
 // owns 64 query rows of S, P and O, and 64 of the 128 channels (rows) of h. The products of h run while a warpgroup takes its
 // exponentials; those of the next S follow at once.
 //
-// Defined by the host: HEAD_DIM (128), IN_FP16, and L2_HINTS: ask the second-level cache to keep the blocks of K and V, which many query blocks read,
-// rather than Q and the output, which pass once.
+// Defined by the host: HEAD_DIM (128), IN_FP16.
 
 #include "common.cuh"
 #include "early.cuh"
@@ -98,37 +97,10 @@ DEVICE void pin(u32 (&x)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i])::"memory");
 }
-#define PASSING 0x12F0000000000000ull  // policies of the second-level cache: evict first, evict last
-#define STAYING 0x14F0000000000000ull
 
 DEVICE void store_4d(const TensorMap* map, u32 from, int c0, int c1, int c2, int c3) {
-#if L2_HINTS
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(map), "r"(from), "r"(c0), "r"(c1),
-               "r"(c2), "r"(c3), "l"(PASSING)
-               : "memory");
-#else
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(from), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                : "memory");
-#endif
-}
-DEVICE void copy_q(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3) {
-#if L2_HINTS
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to), "l"(map),
-      "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(PASSING)
-      : "memory");
-#else
-  copy_4d(to, map, bar, c0, c1, c2, c3);
-#endif
-}
-DEVICE void copy_block(u32 to, const void* from, u32 bytes, u32 bar) {
-#if L2_HINTS
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes),
-               "r"(bar), "l"(STAYING)
-               : "memory");
-#else
-  copy_bytes(to, from, bytes, bar);
-#endif
 }
 DEVICE void pair_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
@@ -356,7 +328,7 @@ sparse_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
           barrier_expect(full, Q_TILE);
 #pragma unroll 1
           for (int i = 0; i < 4; i++)  // panels of 64 channels, halves of 64 rows
-            copy_q(to + i * (Q_TILE / 4), &q_map, full, 64 * (i / 2), it.h, it.tile * Q_ROWS + 64 * (i % 2), it.b);
+            copy_4d(to + i * (Q_TILE / 4), &q_map, full, 64 * (i / 2), it.h, it.tile * Q_ROWS + 64 * (i % 2), it.b);
         }
       }
       __syncwarp();
@@ -383,10 +355,10 @@ sparse_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
             barrier_wait(k_empty + 8 * ks, kp ^ 1);
             metas[ks] = {k_scale, p.keys - KEYS * j};
             barrier_expect(k_full + 8 * ks, K_BYTES);
-            copy_block(shared_address(k_tiles) + ks * K_BYTES, records + (long long)j * RECORD, K_BYTES, k_full + 8 * ks);
+            copy_bytes(shared_address(k_tiles) + ks * K_BYTES, records + (long long)j * RECORD, K_BYTES, k_full + 8 * ks);
             barrier_wait(v_empty + 8 * vs, vp ^ 1);
             barrier_expect(v_full + 8 * vs, 2 * PHI_BYTES);
-            copy_block(v_to, records + (long long)j * RECORD + K_BYTES, 2 * PHI_BYTES, v_full + 8 * vs);
+            copy_bytes(v_to, records + (long long)j * RECORD + K_BYTES, 2 * PHI_BYTES, v_full + 8 * vs);
           }
           if (++ks == K_STAGES) ks = 0, kp ^= 1;
           if (++vs == V_STAGES) vs = 0, vp ^= 1;
@@ -398,7 +370,7 @@ sparse_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
         if (lane == 0) {
           barrier_wait(v_empty + 8 * vs, vp ^ 1);
           barrier_expect(v_full + 8 * vs, 2 * PHI_BYTES);
-          copy_block(shared_address(v_tiles) + vs * V_STAGE, (const u8*)p.totals + ((long long)it.kv * TOTAL_PARTS + i) * (2 * PHI_BYTES), 2 * PHI_BYTES,
+          copy_bytes(shared_address(v_tiles) + vs * V_STAGE, (const u8*)p.totals + ((long long)it.kv * TOTAL_PARTS + i) * (2 * PHI_BYTES), 2 * PHI_BYTES,
                      v_full + 8 * vs);
         }
         if (++vs == V_STAGES) vs = 0, vp ^= 1;

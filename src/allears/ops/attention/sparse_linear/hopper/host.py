@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from allears.ops.attention.lowbit.hopper.host import kernel
-from allears.ops.attention.sparse_linear.hopper.launches import Launch, fills, launch_for
 from allears.ops.attention.sparse_linear.hopper.params import COLUMNS, HEAD_DIM, ForwardParams, PrepareParams, Scratch
 from allears.ops.attention.sparse_linear.ops_hopper import BLOCK_K, BLOCK_Q
 from allears.ops.launches import Kept
@@ -24,20 +23,15 @@ _K_STAGES, _V_STAGES, _TOTALS_STAGES = 3, 4, 8
 _V_STAGE = COLUMNS * BLOCK_K + HEAD_DIM * BLOCK_K
 _SHARED = 4 * 128 * 128 + 2 * 128 * 128 + _K_STAGES * BLOCK_K * 128 + _V_STAGES * _V_STAGE + 2 * COLUMNS * 128 + 1024
 _TOTALS_SHARED = _TOTALS_STAGES * _V_STAGE + 1024
-_SUMMED_SHARED = 2 * _V_STAGE + 4 * 128 * 128 * 2 + 2 * 128 * (HEAD_DIM + 4) + 1024
-LAUNCH: Launch | None = None
-"""Taken instead of what ``launches.py`` says, where it is set."""
+EARLY = True
+"""Whether a kernel of :func:`attend` begins while the one before it ends (``early.cuh``): measured 2 % faster at
+(1, 32760, 12, 128) and 0.4 % at (1, 75600, 40, 128), 97 % sparsity, on an H100."""
 _SHARES_FRACTION = 0.012  # of the bytes of q, k and v: for shares of sums
 FOLDER = Path(__file__).parent
 
 
-def _kernel(
-    file: str, function: str, device: torch.device, shared_bytes: int, half: bool, launch: Launch | None = None
-) -> Kernel:
-    defines = {"HEAD_DIM": HEAD_DIM, "IN_FP16": int(half)}
-    if launch is not None:
-        defines |= {"V_AHEAD": int(launch.v_ahead)} if file == "prepare.cu" else {"L2_HINTS": int(launch.l2_hints)}
-    return kernel(file, function, device, shared_bytes, FOLDER, **defines)
+def _kernel(file: str, function: str, device: torch.device, shared_bytes: int, half: bool) -> Kernel:
+    return kernel(file, function, device, shared_bytes, FOLDER, HEAD_DIM=HEAD_DIM, IN_FP16=int(half))
 
 
 class _Measuring:
@@ -47,7 +41,7 @@ class _Measuring:
         self.params = _prepare_params(q, k, v, smooth)
         parts = self.params.q_parts, self.params.k_parts
         self.grid = max(parts), q.shape[2] + k.shape[2], q.shape[0]
-        run = _kernel("prepare.cu", "statistics", q.device, 0, q.dtype == torch.float16, _launch(q))
+        run = _kernel("prepare.cu", "statistics", q.device, 0, q.dtype == torch.float16)
         self.run = run.launcher(256, self.params)
 
 
@@ -80,11 +74,7 @@ def statistics(q: Tensor, k: Tensor, v: Tensor, smooth: bool) -> tuple[Tensor, T
 
 def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
     """All that prepared launches depend on of q, k and v but their addresses."""
-    return q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, _launch(q)
-
-
-def _launch(q: Tensor) -> Launch:
-    return LAUNCH or launch_for(q.numel())
+    return q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device
 
 
 def _prepare_params(q: Tensor, k: Tensor, v: Tensor, smooth: bool = False) -> PrepareParams:
@@ -92,9 +82,9 @@ def _prepare_params(q: Tensor, k: Tensor, v: Tensor, smooth: bool = False) -> Pr
     strides = [x.stride(axis) for x in (q, k, v) for axis in range(3)]
     queries, keys, groups = q.shape[1], k.shape[1], k.shape[2]
     return PrepareParams(
-        *(None,) * 14, *strides, q.shape[2], groups, queries, keys,
-        -(-queries // BLOCK_Q), -(-keys // BLOCK_K), -(-queries // _PART), -(-keys // _PART), int(smooth), 0,
-        groups, 1, HEAD_DIM,
+        *(None,) * 12, *strides, q.shape[2], groups, queries, keys,
+        -(-queries // BLOCK_Q), -(-keys // BLOCK_K), -(-queries // _PART), -(-keys // _PART), int(smooth),
+        0, groups,
     )  # fmt: skip
 
 
@@ -113,35 +103,11 @@ def _turns(q: Tensor, k: Tensor, v: Tensor, scratch_fraction: float, multiproces
     return at_once, max(1, min(wanted, affordable))
 
 
-def _turns_of_one_pass(
-    q: Tensor, k: Tensor, v: Tensor, scratch_fraction: float, multiprocessors: int
-) -> tuple[int, tuple[int, ...]] | None:
-    """For ``summed.cu``, whose shares lie in that part of the output which the turn writes at its end: key heads to
-    take at once, and shares of the keys in each turn, a wave of blocks of threads; None where they do not fit, or
-    would leave many multiprocessors idle.
-    """
-    batch, keys, groups, _ = k.shape
-    bytes_all = sum(x.numel() * x.element_size() for x in (q, k, v))
-    fitting = max(1, int(scratch_fraction * bytes_all / (3 * batch * keys * HEAD_DIM)))
-    at_once = -(-groups // -(-groups // min(groups, fitting)))
-    splits = []
-    for first in range(0, groups, at_once):
-        heads = batch * min(at_once, groups - first)
-        rows = q.shape[0] * q.shape[1] // (heads * HEAD_DIM)  # a row of a share in one of the output
-        splits.append(min(multiprocessors // heads, -(-keys // (4 * BLOCK_K)), rows))
-        wide = heads // batch * (q.shape[2] // groups) * q.element_size() >= 4  # D numbers in float32
-        if splits[-1] < 1 or not wide or not fills(splits[-1] * heads, multiprocessors):
-            return None
-    return at_once, tuple(splits)
-
-
 class _Turn(NamedTuple):
-    """``heads`` key heads from ``first`` on, their keys in ``splits`` shares, and the blocks of threads of the main
-    kernel."""
+    """``heads`` key heads from ``first`` on, and the blocks of threads of the main kernel."""
 
     first: int
     heads: int
-    splits: int
     blocks: int
 
 
@@ -152,44 +118,31 @@ class _Attending:
         self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, ratio: Tensor, out: Tensor, scale: float, fraction: float
     ) -> None:
         (batch, queries, heads, _), (keys, groups) = q.shape, k.shape[1:3]
-        device, half, launch = q.device, q.dtype == torch.float16, _launch(q)
+        device, half = q.device, q.dtype == torch.float16
         q_blocks, width = rows.shape[2:]
         k_blocks, multiprocessors = -(-keys // BLOCK_K), _multiprocessors(device)
-        one_pass = _turns_of_one_pass(q, k, v, fraction, multiprocessors) if launch.one_pass else None
-        self.one_pass = one_pass is not None
-        if one_pass is not None:
-            at_once, each = one_pass
-        else:
-            at_once, splits = _turns(q, k, v, fraction, multiprocessors)
-            each = (splits,) * -(-groups // at_once)
-        self.places, self.bytes = Scratch.of(batch * at_once, k_blocks, max(each), self.one_pass).places()
-        self.shared, self.key_tiles, self.out = heads // groups, -(-keys // 128), 0
+        at_once, self.splits = _turns(q, k, v, fraction, multiprocessors)
+        self.places, self.bytes = Scratch.of(batch * at_once, k_blocks, self.splits).places()
+        self.shared, self.key_tiles = heads // groups, -(-keys // 128)
         self.turns = []
-        for first, splits in zip(range(0, groups, at_once), each, strict=True):
+        for first in range(0, groups, at_once):
             here = min(at_once, groups - first)
             blocks = min(batch * here * self.shared * q_blocks, multiprocessors)
-            self.turns.append(_Turn(first, here, splits, blocks))
+            self.turns.append(_Turn(first, here, blocks))
         self.prepare = _prepare_params(q, k, v)
         self.params = ForwardParams(
-            *(None,) * 13, batch, heads, groups, queries, keys, q_blocks, k_blocks, width, splits, 0, heads,
+            *(None,) * 13, batch, heads, groups, queries, keys, q_blocks, k_blocks, width, self.splits, 0, heads,
             *ratio.stride(), HEAD_DIM, scale * math.log2(math.e),
         )  # fmt: skip
-        if self.one_pass:  # rows of a share go where rows of the output will, of two bytes a number
-            self.prepare.share_row = self.params.share_row = heads * HEAD_DIM // 2
         self.q_map, self.out_map = (TensorMaps(x, (1, 64, 1, 64), 128) for x in (q, out))
-        early = launch.early
-        if self.one_pass:
-            summed = _kernel("summed.cu", "quantise_and_sum", device, _SUMMED_SHARED, half)
-            self.quantise = summed.launcher(512, self.prepare, early=early)
-        else:
-            quantise = _kernel("prepare.cu", "quantise", device, 0, half, launch)
-            self.quantise = quantise.launcher(512, self.prepare, early=early)
-            totals = _kernel("forward.cu", "linear_totals", device, _TOTALS_SHARED, half, launch)
-            self.totals = totals.launcher(384, self.params, early=early)
-        add = _kernel("forward.cu", "add_totals", device, 0, half, launch)
-        self.add = add.launcher(128, self.params, early=early)
-        forward = _kernel("forward.cu", "sparse_forward", device, _SHARED, half, launch)
-        self.forward = forward.launcher(384, self.q_map.map, self.out_map.map, self.params, early=early)
+        quantise = _kernel("prepare.cu", "quantise", device, 0, half)
+        self.quantise = quantise.launcher(512, self.prepare, early=EARLY)
+        totals = _kernel("forward.cu", "linear_totals", device, _TOTALS_SHARED, half)
+        self.totals = totals.launcher(384, self.params, early=EARLY)
+        add = _kernel("forward.cu", "add_totals", device, 0, half)
+        self.add = add.launcher(128, self.params, early=EARLY)
+        forward = _kernel("forward.cu", "sparse_forward", device, _SHARED, half)
+        self.forward = forward.launcher(384, self.q_map.map, self.out_map.map, self.params, early=EARLY)
 
     def point(
         self, q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, Tensor], ratio: Tensor, k_mean: Tensor,
@@ -200,32 +153,26 @@ class _Attending:
             self.prepare, self.params, scratch.data_ptr(), q.data_ptr(), k_mean.data_ptr(), v_max.data_ptr(),
         )  # fmt: skip
         records, k_scale, shares, ones, totals, total_ones, counter = (start + place for place in self.places)
-        self.out = out.data_ptr()
         prepare.q, prepare.k, prepare.v = of_q, k.data_ptr(), v.data_ptr()
         prepare.k_mean, prepare.v_max = of_mean, of_top
         prepare.records, prepare.k_scale, prepare.counter = records, k_scale, counter
-        prepare.share_ones = params.share_ones = ones
+        params.share_ones = ones
         params.lse = None if lse is None else lse.data_ptr()
         params.rows, params.counts, params.ratio = lists[0].data_ptr(), lists[1].data_ptr(), ratio.data_ptr()
         params.k_mean, params.v_max = of_mean, of_top
         params.records, params.k_scale, params.partial, params.counter = records, k_scale, shares, counter
         params.totals, params.total_ones = totals, total_ones
         self.q_map.move(of_q)
-        self.out_map.move(self.out)
+        self.out_map.move(out.data_ptr())
 
     def run(self) -> None:
         """Launch all, on the current stream."""
         prepare, params, stream, batch = self.prepare, self.params, current_stream(), self.params.batches
-        for first, here, splits, blocks in self.turns:
+        for first, here, blocks in self.turns:
             prepare.groups, prepare.first_group = here, first
             params.groups, params.heads, params.first_head = here, here * self.shared, first * self.shared
-            prepare.splits = params.splits = splits
-            if self.one_pass:
-                prepare.shares = params.partial = self.out + 2 * HEAD_DIM * first * self.shared
-                self.quantise(splits, here, batch, stream)
-            else:
-                self.quantise(self.key_tiles, here, batch, stream)
-                self.totals(splits, batch * here, 1, stream)
+            self.quantise(self.key_tiles, here, batch, stream)
+            self.totals(self.splits, batch * here, 1, stream)
             self.add(2 * 17, batch * here, 1, stream)
             self.forward(blocks, 1, 1, stream)
 

@@ -1,4 +1,4 @@
-"""What the kernels for Hopper are given: the structures of ``keys.cuh`` and ``forward.cu``, and their scratch memory.
+"""What the kernels for Hopper are given: the structures of ``prepare.cu`` and ``forward.cu``, and their scratch memory.
 
 Shapes: B batch, C key heads of a launch, D = 128 head size, N_k blocks of 64 keys.
 """
@@ -19,7 +19,6 @@ class PrepareParams(ctypes.Structure):
         (name, c_void_p)
         for name in (
             "q", "k", "v", "q_pool", "k_pool", "k_mean", "v_max", "partial", "done", "records", "k_scale", "counter",
-            "shares", "share_ones",
         )
     ) + tuple(
         (f"{x}_{axis}", c_longlong) for x in ("q", "k", "v") for axis in ("batch", "row", "head")
@@ -27,7 +26,7 @@ class PrepareParams(ctypes.Structure):
         (name, c_int)
         for name in (
             "heads", "groups", "queries", "keys", "q_blocks", "k_blocks", "q_parts", "k_parts", "smooth",
-            "first_group", "all_groups", "splits", "share_row",
+            "first_group", "all_groups",
         )
     )  # fmt: skip
 
@@ -54,7 +53,7 @@ class Scratch(NamedTuple):
     Args:
         records: (B * C, N_k, 3, 64 * D) bytes: K, phi(K) and V of each block, as the products read them.
         k_scale: (B * C, N_k) float32.
-        shares: (splits, B * C, D, D) float32, shares of the sum of h over all blocks; none where they lie elsewhere.
+        shares: (splits, B * C, D, D) float32, shares of the sum of h over all blocks.
         share_ones: (splits, B * C, D) float32, the same of a column of ones.
         totals: (B * C, D, D) float32, their sum in the order of the kernel's registers.
         total_ones: (B * C, D) float32, of the column of ones.
@@ -70,11 +69,10 @@ class Scratch(NamedTuple):
     counter: int
 
     @classmethod
-    def of(cls, key_heads: int, k_blocks: int, splits: int, elsewhere: bool = False) -> "Scratch":
+    def of(cls, key_heads: int, k_blocks: int, splits: int) -> "Scratch":
         state = key_heads * HEAD_DIM * 4
         records, scales = key_heads * k_blocks * 3 * BLOCK_K * HEAD_DIM, key_heads * k_blocks * 4
-        shares = 0 if elsewhere else splits * state * HEAD_DIM
-        return cls(records, scales, shares, splits * state, state * HEAD_DIM, state, 4)
+        return cls(records, scales, splits * state * HEAD_DIM, splits * state, state * HEAD_DIM, state, 4)
 
     def places(self) -> tuple[list[int], int]:
         """Where each begins, and how many bytes they are together."""
