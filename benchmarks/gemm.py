@@ -1,6 +1,7 @@
 """8-bit linear layers at the shapes of video models, in one run. The harness is ``allears.bench.gemm``."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ import tyro
 
 from allears.bench.gemm.settings import Settings
 
+from . import results
 from .attention import AttentionCase
 from .registry import case
 
@@ -26,9 +28,12 @@ class GemmCase(AttentionCase):
     """Name of the result files."""
 
     def report(self, figure_path: Path) -> "Report":
-        """Measure, show, and draw the figure."""
+        """Measure, show, and draw the figure; the rows so far are written after each case."""
         from allears.bench.attention.show import run_and_show
         from allears.bench.gemm import figure
         from allears.bench.gemm.run import measure
 
-        return run_and_show(self.settings, figure_path, measure, figure.draw)
+        def keep(report: "Report") -> None:
+            results.write(self.name, report.rows, report.notes, self.results_folder, self.commit)
+
+        return run_and_show(self.settings, figure_path, partial(measure, keep=keep), figure.draw)

@@ -1,6 +1,7 @@
 """The benchmark of 8-bit layers: its cases, inputs and sums, and a tiny run on the CPU."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,27 @@ def test_a_wrong_system_gets_no_speed(monkeypatch):
     assert values(report.rows, "rel_err")["linear 70x48x33", "allears-fp8_row"] == pytest.approx(0.2, rel=0.05)
     assert [system for _, system in values(report.rows, "ms")] == ["cublas-bf16"]
     assert any("allears-fp8_row: no speed: its error 0.2" in note for note in report.notes)
+
+
+def test_what_is_left_at_the_limit_is_named_and_the_rest_is_kept(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow(inputs):
+        now[0] += 59.0
+        return lambda: inputs.linear(inputs.x)
+
+    made = [systems.System(name, "", slow) for name in ("a", "b", "c")]
+    monkeypatch.setattr(run, "select_systems", lambda names: made)
+    kept = []
+    shapes = ("linear 70x48x33", "linear 70x48x32", "linear 70x48x31")
+    settings = Settings(quick=True, device="cpu", cases=shapes, minutes=1.0)
+    report = run.measure(settings, keep=lambda report: kept.append(len(report.rows)))
+    assert list(values(report.rows, "ms")) == [(shapes[0], "a"), (shapes[0], "b")]
+    assert "linear 70x48x33: left out for lack of time: c" in report.notes
+    assert "left out after 1 minutes: linear 70x48x32, linear 70x48x31" in report.notes
+    assert "linear 70x48x33: a: 59.0 s until its first result" in report.notes
+    assert kept == [len(report.rows)]
 
 
 def test_a_block_is_the_sum_of_its_layers():

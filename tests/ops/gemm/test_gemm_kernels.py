@@ -46,7 +46,7 @@ def relative(found, wanted):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 37), (130, 140), (128, 256), (257, 16)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (9, 5), (3, 12), (3, 37), (130, 140), (128, 256), (257, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_quantisers_give_the_same_bits(scheme, rows, columns, dtype):
     x = draw(rows, columns, dtype=dtype) * torch.logspace(-2, 2, columns, device=DEVICE).to(dtype)
@@ -57,6 +57,14 @@ def test_quantisers_give_the_same_bits(scheme, rows, columns, dtype):
     assert torch.equal(bits(found.values), bits(wanted.values))
     torch.testing.assert_close(found.scale, wanted.scale, rtol=0, atol=0, equal_nan=True)
     assert found[2:] == wanted[2:]
+
+
+@pytest.mark.parametrize("make", ["triton", "reference"])
+def test_scales_are_correctly_rounded(make):
+    x = draw(300, 16)
+    for scheme in ("int8_row", "fp8_row"):
+        scale = quantise(x, scheme, make).scale
+        assert torch.equal(scale, (x.abs().amax(1).double() / SCHEMES[scheme].top).float())
 
 
 def test_quantisers_take_any_strides():

@@ -27,17 +27,25 @@ from allears.ops.gemm.schemes import SCHEMES, Quantised
 BASELINE = {"linear": "cublas-bf16", "norm": "torch-compile", "gelu": "torch-compile"}
 
 
-def measure(settings: Settings, on_case: Callable[[str], None] = lambda name: None) -> Report:
+_SLOW_S = 2.0  # to prepare a system; longer is told
+
+
+def measure(
+    settings: Settings,
+    on_case: Callable[[str], None] = lambda name: None,
+    keep: Callable[[Report], None] = lambda report: None,
+) -> Report:
     """Check and time the systems on the cases, or with ``tune`` the candidates of tile sizes.
 
     Args:
         settings: what to run; see there.
         on_case: told the name of each case before it runs.
+        keep: given the report so far after each case, so that a run that is stopped loses one case at most.
 
     Raises:
         ValueError: a case, system or device is unknown.
     """
-    started = time.monotonic()
+    deadline = time.monotonic() + 60 * settings.minutes
     device = resolve_device(settings.device)
     cases, systems = select(settings.case_names), select_systems(settings.systems)
     report = Report()
@@ -48,25 +56,32 @@ def measure(settings: Settings, on_case: Callable[[str], None] = lambda name: No
     )
     stopwatch = Stopwatch(device, 0.02 if settings.quick else 0.15)
     for done, case in enumerate(cases):
-        if time.monotonic() - started > 60 * settings.minutes:
+        if time.monotonic() > deadline:
             report.note(f"left out after {settings.minutes:g} minutes: {', '.join(c.name for c in cases[done:])}")
             break
         on_case(case.name)
         try:
             inputs = make_inputs(case, device, settings.seed)
             if not settings.tune:
-                _run(case, inputs, [s for s in systems if case.kind in s.kinds], stopwatch, report)
+                _run(case, inputs, [s for s in systems if case.kind in s.kinds], stopwatch, report, deadline)
             elif case.kind == "linear":
-                tune(case, inputs, stopwatch, report)
+                tune(case, inputs, stopwatch, report, deadline)
         except torch.OutOfMemoryError as error:
             report.note(f"{case.name}: left out: it does not fit: {one_line(error)}")
+        keep(report)
     report.rows += block_rows(report.rows)
     return report
 
 
-def _run(case: Case, inputs: Inputs, systems: Sequence[System], stopwatch: Stopwatch, report: Report) -> None:
+def _run(
+    case: Case, inputs: Inputs, systems: Sequence[System], stopwatch: Stopwatch, report: Report, deadline: float
+) -> None:
     right: list[tuple[System, Run]] = []
-    for system in systems:
+    for done, system in enumerate(systems):
+        began = time.monotonic()
+        if began > deadline:
+            report.note(f"{case.name}: left out for lack of time: {', '.join(s.name for s in systems[done:])}")
+            break
         try:
             with torch.no_grad():
                 call = system.prepare(inputs)
@@ -78,6 +93,9 @@ def _run(case: Case, inputs: Inputs, systems: Sequence[System], stopwatch: Stopw
         except Exception as reason:  # a peer that fails does not stop the others
             report.note(f"{case.name}: {system.name}: no speed: {type(reason).__name__}: {one_line(reason)}")
             continue
+        took_s = time.monotonic() - began
+        if took_s > _SLOW_S:
+            report.note(f"{case.name}: {system.name}: {took_s:.1f} s until its first result")
         report.rows.append(results.row(case.name, system.name, "rel_err", error))
         if error <= system.bound:
             right.append((system, call))

@@ -3,6 +3,8 @@
 Shapes: M rows, K channels in, N out.
 """
 
+import time
+
 import torch
 
 from allears.bench import results
@@ -17,10 +19,11 @@ from allears.ops.gemm.tuned import candidates_for, chip_of
 _BOUND = 0.1
 
 
-def tune(case: Case, inputs: Inputs, stopwatch: Stopwatch, report: Report) -> None:
+def tune(case: Case, inputs: Inputs, stopwatch: Stopwatch, report: Report, deadline: float) -> None:
     """Rows ``ms`` of the system ``SCHEME CONFIG`` for each candidate, and a note with the line for ``tuned.MEASURED``.
 
-    Where cuBLAS runs the scheme, it is timed beside them.
+    Where cuBLAS runs the scheme, it is timed beside them. Schemes that are not begun at ``deadline``, on the clock of
+    ``time.monotonic``, are named in a note.
 
     Raises:
         ValueError: there is no CUDA GPU.
@@ -28,12 +31,15 @@ def tune(case: Case, inputs: Inputs, stopwatch: Stopwatch, report: Report) -> No
     if not inputs.x.is_cuda:
         raise ValueError("device: tile sizes are tuned on a CUDA GPU; use device='cuda'")
     with torch.no_grad():
-        for scheme in SCHEMES:
+        for done, scheme in enumerate(SCHEMES):
+            if time.monotonic() > deadline:
+                report.note(f"{case.name}: left out for lack of time: {', '.join([*SCHEMES][done:])}")
+                break
             _tune(case, scheme, inputs, stopwatch, report)
 
 
 def _tune(case: Case, scheme: str, inputs: Inputs, stopwatch: Stopwatch, report: Report) -> None:
-    from allears.ops.gemm.triton_host import product
+    from allears.ops.gemm.triton_host import compile_ahead, product
 
     assert inputs.linear is not None
     major, minor = torch.cuda.get_device_capability(inputs.x.device)
@@ -43,7 +49,9 @@ def _tune(case: Case, scheme: str, inputs: Inputs, stopwatch: Stopwatch, report:
     operands = (x.values, weight.values, x.scale, weight.scale, bias, scheme, torch.bfloat16)
     calls: dict[str, Call] = {}
     lines: dict[str, str] = {}
-    for config in candidates_for(chip, scheme):
+    candidates = candidates_for(chip, scheme)
+    compile_ahead(*operands, candidates)
+    for config in candidates:
         try:
             error = inputs.error(product(*operands, config))
         except Exception as reason:  # what this Triton does not compile is no candidate

@@ -16,6 +16,9 @@ from allears.ops.attention.lowbit.triton_nvfp4_quant import e4m3_code
 from allears.ops.attention.lowbit.triton_quant import inverse_of, largest, scale_of, to_int8
 
 INT8, FP8 = 1, 2
+PADDED = tl.constexpr(16)
+"""With fewer channels, a thread may hold padding alone, so that pairs of its E4M3 numbers are known to be equal, and
+PTXAS 12.8 (Triton 3.6) then packs them with half of a register that nothing wrote. There, integers make the codes."""
 
 
 @triton.jit
@@ -132,7 +135,7 @@ def rows_kernel(
         else:
             y = tl.where(real, y, 0.0)
             factor = scale_to(largest(y, 1, HARDWARE), TO)
-            code = eight_bits(y, inverse_of(factor)[:, None], TO, HARDWARE)
+            code = eight_bits(y, inverse_of(factor)[:, None], TO, HARDWARE and C >= PADDED)
             stored = (row < M)[:, None] & (channel < KP)[None, :]
             tl.store(out + row[:, None] * KP + channel[None, :], code, mask=stored)
             tl.store(out_scale + row, factor, mask=row < M)
@@ -176,7 +179,7 @@ def tiles_kernel(
     y = modulate(y, weight, bias, scale, shift, entry, inside, channel, mod_stride_b, mod_stride_l, there)
     y = tl.where(there, activate(y, ACT), 0.0)
     factor = scale_to(largest(largest(y, 1, HARDWARE), 0, HARDWARE), TO)
-    code = eight_bits(y, inverse_of(factor), TO, HARDWARE)
+    code = eight_bits(y, inverse_of(factor), TO, HARDWARE and C >= PADDED)
     stored = (row < M)[:, None] & (channel < KP)[None, :]
     tl.store(out + row[:, None] * KP + channel[None, :], code, mask=stored)
     tl.store(out_scale + down * tl.cdiv(C, TILE) + across, factor)
@@ -198,12 +201,12 @@ def aot_cases() -> list[AotCase]:
     strides = tuple(name for name in numbers if "stride" in name)
     cases = []
 
-    def add(name, kernel, given, consts, chips, **launch):
+    def add(name, kernel, given, consts, chips, instructions=(), **launch):
         names = [n for n in kernel.arg_names if n not in consts]
         signature = {n: {**pointers, **numbers}[n] for n in names if n in given or n in numbers}
         absent = {n: None for n in names if n not in signature}
         aligned = tuple(n for n in signature if n in pointers or n in strides)
-        asked = dict.fromkeys(chips, ())
+        asked = dict.fromkeys(chips, instructions)
         cases.append(AotCase(name, kernel, signature, {**absent, **consts}, asked, aligned=aligned, **launch))
 
     everything = ("x", "branch", "gate", "total", "scale", "shift", "out", "out_scale")
@@ -221,4 +224,11 @@ def aot_cases() -> list[AotCase]:
         given = ("x", "scale", "shift", "out", "out_scale", "moments")
         add(f"fused_tiles_layer_{to}", tiles_kernel, given, full, chips, num_warps=8)
         add(f"fused_tiles_plain_{to}", tiles_kernel, ("x", "out", "out_scale"), plain, chips, num_warps=8)
+    rows, width, warps = row_sizes(5)
+    consts = {"C": 5, "KP": 16, "TO": 2, "HARDWARE": True, "NORM": "none", "ACT": "none"}
+    integers = (r"0f46800000",)  # the 2^14 of e4m3_code
+    plain = {**consts, "ROWS": rows, "WIDTH": width}
+    add("fused_rows_padded", rows_kernel, ("x", "out", "out_scale"), plain, (90,), integers, num_warps=warps)
+    plain = {**consts, "TILE": 128}
+    add("fused_tiles_padded", tiles_kernel, ("x", "out", "out_scale"), plain, (90,), integers, num_warps=8)
     return cases

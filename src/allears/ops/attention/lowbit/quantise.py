@@ -28,7 +28,8 @@ QUERY_TILE = 64  # queries of a tile of sagebwd's backward
 
 def scale_of(largest: Tensor, top: float) -> Tensor:
     """The scale of groups whose largest magnitude is given: ``largest / top``; NaN if not finite, 0 if below 2^-126."""
-    scale = largest.float() / top
+    # By a tensor: on CUDA, PyTorch divides by a number as a product with its inverse, which is not correctly rounded.
+    scale = largest.float() / largest.new_full((), top, dtype=torch.float32)
     scale = torch.where(scale < SMALLEST_SCALE, torch.zeros_like(scale), scale)
     return torch.where(torch.isfinite(scale), scale, torch.full_like(scale, math.nan))
 
