@@ -15,7 +15,7 @@ from allears.ops import nvrtc
 from allears.ops.aot import _read_cubin
 from allears.ops.attention.linear.hopper import host
 from allears.ops.attention.linear.hopper.forms import Form, form_of
-from allears.ops.attention.linear.triton_host import Call
+from allears.ops.attention.linear.one_call import Call
 from allears.ops.attention.lowbit.hopper.host import headers, sources
 
 JOINT = Call("focused", 3, "channels", 1e-6)

@@ -16,9 +16,10 @@ pytest.importorskip("triton", reason="the kernels need Triton: pip install 'alle
 from tests.ops.linear.plain import DEVICE, call, check, poisoned, problem, rel
 
 from allears.ops.attention.linear.call import linear_attention
+from allears.ops.attention.linear.one_call import Call
 from allears.ops.attention.linear.options import LinearOptions
 from allears.ops.attention.linear.reference import linear_attention_reference
-from allears.ops.attention.linear.triton_host import Call, plan, tile_for
+from allears.ops.attention.linear.triton_host import plan, tile_for
 from allears.ops.attention.linear.triton_run import linear_attention_triton
 
 

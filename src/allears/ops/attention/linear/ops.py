@@ -18,7 +18,7 @@ def _entries(q: Tensor, cu: Tensor | None) -> Any:
 
 
 def _call(kind: str, power: int, norm: str, eps: float, cu: Tensor | None, lengths: Tensor | None) -> Any:
-    from allears.ops.attention.linear.triton_host import Call
+    from allears.ops.attention.linear.one_call import Call
 
     return Call(kind, power, norm, eps, cu, lengths)
 

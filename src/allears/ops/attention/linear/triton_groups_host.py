@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from allears.ops.attention.linear.hopper import host as hopper
+from allears.ops.attention.linear.one_call import Call, processors
 from allears.ops.attention.linear.triton_features import DIRECT_POWER
 from allears.ops.attention.linear.triton_fwd import mean_kernel
 from allears.ops.attention.linear.triton_groups import GROUP, group_output_kernel, group_states_kernel
-from allears.ops.attention.linear.triton_host import Call, processors
 from allears.ops.launches import Known
 
 HOPPER_STATES = True

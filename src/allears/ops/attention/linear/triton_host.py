@@ -9,7 +9,6 @@ sequences are (1, T, H, D) with E = S entries, else E = B; P parts of a sequence
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,39 +16,13 @@ import torch
 import triton
 from torch import Tensor
 
+from allears.ops.attention.linear.one_call import Call, processors
 from allears.ops.attention.linear.triton_bwd import keys_gradient_kernel, queries_gradient_kernel
 from allears.ops.attention.linear.triton_features import norms_kernel
 from allears.ops.attention.linear.triton_fwd import mean_kernel, output_kernel, states_kernel
 
 LARGEST_HEAD = 128
-_INTERPRETED_PROCESSORS = 2
 _HOPPER_SHARED_BYTES = 227 * 1024
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call but for its tensors' values.
-
-    Args:
-        kind, power, norm, eps: see ``LinearOptions``.
-        cu: (S + 1,) offsets of packed sequences, or None.
-        lengths: (B,) numbers of keys, or None.
-    """
-
-    kind: str
-    power: int
-    norm: str
-    eps: float
-    cu: Tensor | None = None
-    lengths: Tensor | None = None
-
-    @property
-    def joint(self) -> bool:
-        """Whether the heads of a row share a norm."""
-        return self.kind == "focused" and self.power > 1 and self.norm == "channels"
-
-    def entries(self, x: Tensor) -> int:
-        return self.cu.shape[0] - 1 if self.cu is not None else x.shape[0]
 
 
 class Tile(NamedTuple):
@@ -102,19 +75,14 @@ def parts_for(tile: Tile, groups: int, entries: int, rows: int, device: torch.de
     return max(1, min(-(-wanted // max(1, groups * entries)), -(-rows // (2 * tile.rows))))
 
 
-def processors(device: torch.device) -> int:
-    return _chip(device.index)[0] if device.type == "cuda" else _INTERPRETED_PROCESSORS
-
-
 def shared_bytes(device: torch.device) -> int:
     """What a program may take of shared memory."""
-    return _chip(device.index)[1] if device.type == "cuda" else _HOPPER_SHARED_BYTES
+    return _shared_bytes(device.index) if device.type == "cuda" else _HOPPER_SHARED_BYTES
 
 
 @cache
-def _chip(index: int) -> tuple[int, int]:
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return properties["multiprocessor_count"], properties["max_shared_mem"]
+def _shared_bytes(index: int) -> int:
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 class Run(NamedTuple):

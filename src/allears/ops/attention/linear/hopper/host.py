@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from allears.ops.attention.linear.hopper.forms import GROUP, ROWS, Form, form_of
-from allears.ops.attention.linear.triton_host import Call, processors
+from allears.ops.attention.linear.one_call import Call, processors
 from allears.ops.attention.lowbit.hopper.host import kernel
 from allears.ops.nvrtc import Kernel, TensorMap, tensor_map
 
