@@ -49,6 +49,7 @@ def fused_forward(
         "HARDWARE": on_hardware(),
     }
     target = out if to == 0 else out.view(torch.uint8)
+    # A code is the nearest integer of x * (1 / scale) as rounded: fused with what rounds, a tie would go the other way.
     moments = None
     with torch.cuda.device_of(x):
         if not tiled or norm != "none" or branch is not None:
@@ -78,6 +79,7 @@ def fused_forward(
                 ROWS=high,
                 WIDTH=width,
                 num_warps=warps,
+                enable_fp_fusion=not to,
                 **consts,
             )
         if tiled:
@@ -99,6 +101,7 @@ def fused_forward(
                 TO=to,
                 TILE=TILE,
                 num_warps=8,
+                enable_fp_fusion=not to,
                 **consts,
             )
     return out, factors, total
