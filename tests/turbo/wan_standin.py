@@ -128,8 +128,8 @@ class Rope(nn.Module):
 
     def forward(self, x):
         length = math.prod(size // part for size, part in zip(x.shape[2:], self.patch_size, strict=True))
-        rates = 100.0 ** (-torch.arange(self.attention_head_dim // 2) / self.attention_head_dim)
-        angle = (torch.arange(length)[:, None] * rates).repeat_interleave(2, -1)[None, :, None]
+        rates = 100.0 ** (-torch.arange(self.attention_head_dim // 2, device=x.device) / self.attention_head_dim)
+        angle = (torch.arange(length, device=x.device)[:, None] * rates).repeat_interleave(2, -1)[None, :, None]
         return angle.cos(), angle.sin()
 
 
@@ -163,7 +163,7 @@ class WanTransformer3DModel(nn.Module):
         c, embed = self.config, self.condition_embedder
         rotary, (batch, _, *sizes) = self.rope(hidden_states), hidden_states.shape
         x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        rates = torch.arange(c.freq_dim) / c.freq_dim
+        rates = torch.arange(c.freq_dim, device=timestep.device) / c.freq_dim
         temb = embed.time(torch.cos(timestep[..., None].float() * rates).to(x.dtype))
         temb = embed.time_proj(F.silu(temb)).unflatten(-1, (6, -1))
         text = embed.text(encoder_hidden_states)

@@ -77,6 +77,30 @@ class Stopwatch:
         return [start.elapsed_time(stop) for start, stop in pairs]
 
 
+def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """A call as a CUDA graph, replayed: the time of its kernels, not that of the Python that launches them.
+
+    What it compiles at first use must have run. On a CPU it is the call itself.
+    """
+    if device.type != "cuda":
+        return call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream(device).wait_stream(side)
+        with torch.cuda.graph(graph):
+            held = call()
+
+    def replay() -> object:
+        graph.replay()
+        return held
+
+    return replay
+
+
 def summarise(samples_ms: Sequence[float]) -> Timing:
     """Median, and its 95 % interval by order statistics (binomial ranks, normal approximation)."""
     ordered = sorted(samples_ms)

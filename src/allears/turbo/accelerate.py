@@ -10,6 +10,7 @@ from allears.nn.sparse_linear_attention import SparseLinearAttention
 from allears.ops.attention.sparse_linear import SparseLinear
 from allears.turbo.changes import AttentionChange, Change, LinearChange, NormsChange, attention_layers
 from allears.turbo.experts import ExpertSwap
+from allears.turbo.graphs import GraphedForward
 from allears.turbo.memory import estimate_memory
 from allears.turbo.parallel import Stretch, check_heads, slice_core, split_tokens
 from allears.turbo.plan import Item, LayerError, Plan
@@ -152,6 +153,8 @@ def _change(
     group: Any,
     device: torch.device | str | None,
 ) -> Plan:
+    if spec.graphs and group is not None:
+        raise ValueError("graphs, group: a graph of one device cannot wait for others; use graphs=False")
     stretch = None if group is None else Stretch(None if group == () else group)
     items: list[Item] = []
     errors: list[LayerError] = []
@@ -179,6 +182,7 @@ def _change(
         notes.append("sparse layers are not fitted to the model: see allears.turbo.sparse.sparsify")
     arguments = _install_steps(target, parts, spec, ledger, items, notes)
     _install_offload(parts, spec, ledger, notes, device)
+    _install_graphs(parts, spec, ledger, items)
     shape = WanShape.from_diffusers(next(iter(parts.values())).config)
     memory = None
     if video is not None:
@@ -244,3 +248,13 @@ def _install_offload(
     place = device if device is not None else next(next(iter(parts.values())).parameters()).device
     ledger.note(ExpertSwap(parts, place).undo)
     notes.append(f"offload: of two experts the one that runs is on {place}")
+
+
+def _install_graphs(parts: dict[str, Any], spec: TurboSpec, ledger: Ledger, items: list[Item]) -> None:
+    if not spec.graphs:
+        return
+    for part, model in parts.items():
+        graphed = GraphedForward(model)
+        ledger.set(model, "forward", graphed)
+        ledger.note(graphed.drop)
+        items.append(Item(part, "forward", "graphs", "called", "replayed", "one graph for each shape, on CUDA"))

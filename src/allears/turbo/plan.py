@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from allears.turbo.memory import MemoryEstimate
 
-Kind = Literal["attention", "linear", "norms", "steps"]
-KINDS: tuple[Kind, ...] = ("attention", "linear", "norms", "steps")
+Kind = Literal["attention", "linear", "norms", "steps", "graphs"]
+KINDS: tuple[Kind, ...] = ("attention", "linear", "norms", "steps", "graphs")
 
 
 @dataclass(frozen=True)

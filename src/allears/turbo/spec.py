@@ -91,9 +91,11 @@ class TurboSpec:
         originals: where the weights that 8-bit layers replace wait for ``restore``: ``"cpu"``; ``"stay"``, where they
             are; ``"drop"``: nowhere, and the change is final.
         offload: ``"experts"``: of a pipeline with two transformers only the one that runs is on the device.
+        graphs: replay each transformer as a CUDA graph from its second call on: small ones are otherwise slowed by the
+            Python that launches their kernels. Costs the memory of a call; on a CPU nothing changes.
 
     Raises:
-        ValueError: a field is not one of the values above.
+        ValueError: a field is not one of the values above, or graphs are asked for with experts that move.
     """
 
     attention: Sparse | None = field(default_factory=Sparse)
@@ -103,12 +105,15 @@ class TurboSpec:
     skip: tuple[str, ...] = ()
     originals: Originals = "cpu"
     offload: Offload = "none"
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         if self.linear is not None:
             _check("linear", self.linear, get_args(SchemeName))
         _check("originals", self.originals, get_args(Originals))
         _check("offload", self.offload, get_args(Offload))
+        if self.graphs and self.offload != "none":
+            raise ValueError("graphs, offload: a graph needs weights that stay in place; give up one of the two")
         if isinstance(self.skip, str):
             raise ValueError(f"skip: the text {self.skip!r} given; wanted a tuple of names, as ({self.skip!r},)")
 

@@ -19,7 +19,7 @@ from allears.bench.gemm.settings import Settings
 from allears.bench.gemm.systems import Run, System, torchao_version
 from allears.bench.gemm.systems import select as select_systems
 from allears.bench.gemm.tune import tune
-from allears.bench.timing import Stopwatch
+from allears.bench.timing import Call, Stopwatch, captured
 from allears.core.device import resolve_device
 from allears.ops.gemm.call import explain, quantise
 from allears.ops.gemm.schemes import SCHEMES, Quantised
@@ -52,7 +52,7 @@ def measure(
     report.note(
         f"inputs: normal bfloat16 times log-normal gains of the channels (deviation {SPREAD}), {OUTLIERS} channels "
         f"{OUTLIER:g} times larger, seed {settings.seed}, on {device}; errors: relative L2, against float64; times "
-        f"hold the quantisation of the inputs; {torchao_version()}"
+        f"hold the quantisation of the inputs; ms: as a CUDA graph, eager_ms: called; {torchao_version()}"
     )
     stopwatch = Stopwatch(device, 0.02 if settings.quick else 0.15)
     for done, case in enumerate(cases):
@@ -102,12 +102,16 @@ def _run(
         else:
             report.note(f"{case.name}: {system.name}: no speed: its error {error:.3g} is above {system.bound}")
     with torch.no_grad():
-        timings = stopwatch.time([lambda index, call=call: call() for _, call in right])
+        names = [f"{case.name}: {system.name}" for system, _ in right]
+        calls = _calls([call for _, call in right], inputs.x.device, report, names)
+        timings = stopwatch.time(calls)
+        eager = stopwatch.time([lambda index, call=call: call() for _, call in right])
         times = {system.name: timing.ms for (system, _), timing in zip(right, timings, strict=True)}
         base = times.get(BASELINE[case.kind])
-        for (system, _), timing in zip(right, timings, strict=True):
+        for (system, _), timing, alone in zip(right, timings, eager, strict=True):
             name = (case.name, system.name)
             report.rows.append(results.row(*name, "ms", timing.ms, timing.low_ms, timing.high_ms, timing.n))
+            report.rows.append(results.row(*name, "eager_ms", alone.ms, alone.low_ms, alone.high_ms, alone.n))
             if case.flops:
                 report.rows.append(results.row(*name, "tflops", case.flops / timing.ms / 1e9))
             if base is not None:
@@ -116,10 +120,25 @@ def _run(
             _parts(case, inputs, stopwatch, report)
 
 
+def _calls(runs: Sequence[Run], device: torch.device, report: Report, names: Sequence[str]) -> list[Call]:
+    """Each as a CUDA graph; as it is, with a note, where one cannot be captured."""
+    calls: list[Call] = []
+    for run, name in zip(runs, names, strict=True):
+        try:
+            ready = captured(run, device)
+        except Exception as reason:  # a peer that cannot be captured is timed all the same
+            report.note(f"{name}: ms is that of eager calls: {type(reason).__name__}: {one_line(reason)}")
+            torch.cuda.synchronize(device)
+            ready = run
+        calls.append(lambda index, ready=ready: ready())
+    return calls
+
+
 def _parts(case: Case, inputs: Inputs, stopwatch: Stopwatch, report: Report) -> None:
     """Time of the quantiser alone, for each scheme, and a note on the kernel that ``auto`` takes."""
     assert inputs.linear is not None
-    timings = stopwatch.time([lambda index, scheme=scheme: quantise(inputs.x, scheme) for scheme in SCHEMES])
+    runs: list[Run] = [lambda scheme=scheme: quantise(inputs.x, scheme) for scheme in SCHEMES]
+    timings = stopwatch.time(_calls(runs, inputs.x.device, report, [f"{case.name}: quantise {s}" for s in SCHEMES]))
     for scheme, timing in zip(SCHEMES, timings, strict=True):
         report.rows.append(results.row(case.name, f"allears-{scheme}", "quantise_ms", timing.ms))
         choice = explain(inputs.x, quantise(inputs.linear.weight.detach(), scheme), inputs.linear.bias)

@@ -63,7 +63,7 @@ def rungs(settings: Settings) -> list[Rung]:
     sparse = Sparse(settings.keep, SparseLinear(precision="int8_fp8"))
     nothing = TurboSpec(attention=None, linear=None, norms=False, originals="stay")
     eight = replace(nothing, linear=settings.linear)
-    every = replace(eight, attention=sparse, norms=True)
+    every = replace(eight, attention=sparse, norms=True, graphs=settings.graphs)
     known = [
         Rung("diffusers"),
         Rung("allears-4step", every, calls=4, sampled=Steps(4, seed=settings.seed)),

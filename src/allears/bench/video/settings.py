@@ -40,6 +40,9 @@ class Settings:
     linear: Literal["fp8_row", "fp8_tile", "int8_row", "int8_tile"] = "fp8_row"
     """Numbers of the 8-bit layers."""
 
+    graphs: bool = True
+    """Systems with all changes run as CUDA graphs."""
+
     whole: bool = False
     """Time the text encoder and the decoder, too, as diffusers and transformers have them, with random weights."""
 
