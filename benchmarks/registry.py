@@ -45,6 +45,7 @@ _CASE_MODULES = (
     "echo_speed",
     "echo_server",
     "video",
+    "video_quality",
 )
 
 

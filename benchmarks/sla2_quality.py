@@ -1,4 +1,5 @@
-"""Quality of sparse-linear attention on queries, keys and values that the trained enhancer makes of long recordings.
+"""Quality of sparse-linear attention on queries, keys and values that the trained enhancer makes of long recordings, or
+the trained video model of videos.
 
 Shapes: B sequences (bands), L frames, H heads, D head size, T samples.
 """
@@ -20,15 +21,16 @@ from allears.models.enhance import Enhancer
 from allears.models.enhance.sample import enhance
 from allears.nn.sparse_linear_attention import SparseLinearAttention
 from allears.ops.attention.sparse_linear import SparseLinear
-from allears.turbo.sparse.fit import Sample, dense
+from allears.turbo.sparse.fit import Sample
 
 from . import results
 from .activations import layers, recording
 from .clips import Clip
 from .registry import case
 from .sla2_picture import draw, save_maps
-from .sla2_systems import ABOUT, Fitter, Joined, Layer, gradient_errors, maps
+from .sla2_systems import ABOUT, Fitter, Joined, Layer, gradient_rows, maps
 from .sla2_tuning import Windows, tune_arms
+from .sla2_video import VideoLayers
 
 if TYPE_CHECKING:
     from allears.models.enhance.config import EnhanceConfig
@@ -63,6 +65,9 @@ class Sla2Quality:
     weights: str = "enhance-base"
     """Weights of the enhancer: a shipped name or a folder."""
 
+    video: str | None = None
+    """In place of the enhancer a video model, by name or path stem: all its layers over space and time."""
+
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -70,10 +75,10 @@ class Sla2Quality:
     """Length of a window; 102.4 s are 6,400 frames along time, 100 key blocks."""
 
     held_out: int = 1
-    """Windows at the end that errors are measured on."""
+    """Windows (or videos) at the end that errors are measured on."""
 
     bands: int = 8
-    """Bands kept of each layer and window, spread evenly."""
+    """Bands kept of each layer and window, spread evenly; or videos recorded."""
 
     sparsities: tuple[float, ...] = (0.9, 0.95, 0.97)
     """Shares of the key blocks that are not read exactly."""
@@ -133,20 +138,45 @@ class Sla2Quality:
             np.save(self.render, self._noisy().mul(32_767).clamp(-32_768, 32_767).short().numpy())
             print(f"written: {self.render}")
             return 0
+        if self.video is not None:
+            return self._run_video(self.video, where, started)
         enhancer = Enhancer.from_pretrained(self.weights, device=where)
         noisy = self._noisy().to(where)
         found = self._record(enhancer, noisy)
         cores = self._compare(enhancer.name, found, started)
-        if self.tune_steps and cores:
-            if self._over(started):
-                self._notes.append(f"tuning: {SHORT_OF_TIME}")
-            else:
-                self._tune(enhancer, noisy, cores, where.type)
+        if self._tunes(cores, started):
+            self._tune(enhancer, noisy, cores, where.type)
+        return self._finish()
+
+    def _run_video(self, video: str, where: torch.device, started: float) -> int:
+        source, name = VideoLayers.load(video, where, self.bands, self.held_out), Path(video).name
+        self._notes.append(source.notes(name))
+        self._explain()
+        cores = self._compare(name, source.record(self.layers), started)
+        if self._tunes(cores, started):
+            draw_some, held_out = source.batches()
+            case_name = f"tuning, {name} s{self.tune_sparsity:.2f}"
+            self._rows += tune_arms(
+                source.net, cores, draw_some, held_out, self.tune_steps, self.tune_lr, case_name, where.type
+            )
+        return self._finish()
+
+    def _tunes(self, cores: dict[str, SparseLinearAttention], started: float) -> bool:
+        if self.tune_steps and cores and self._over(started):
+            self._notes.append(f"tuning: {SHORT_OF_TIME}")
+            return False
+        return bool(self.tune_steps and cores)
+
+    def _finish(self) -> int:
         path = self._write()
         if self._maps_path().exists():
             self._draw()
         print(f"written: {path}")
         return 0
+
+    def _explain(self) -> None:
+        self._notes += [f"{name}: {about}" for name, about in ABOUT.items()]
+        self._notes.append("rel_err: |O - dense| / |dense| on what is held out; of several layers the root mean square")
 
     def _noisy(self) -> Tensor:
         """(T,) float32."""
@@ -184,8 +214,7 @@ class Sla2Quality:
             f"each of {count} windows of {self.seconds:g} s of validation clips, the last {self.held_out} held out; "
             f"blocks {self.block_q} x 64"
         )
-        self._notes += [f"{name}: {about}" for name, about in ABOUT.items()]
-        self._notes.append("rel_err: |O - dense| / |dense| on held-out windows; of several layers the root mean square")
+        self._explain()
         fit = count - self.held_out
         parts = ((name, kept[name][:fit], kept[name][fit:]) for name in names)
         return [Layer(name, list(chain(*fitted)), list(chain(*held_out))) for name, fitted, held_out in parts]
@@ -216,24 +245,12 @@ class Sla2Quality:
                 if sparsity == self.sparsities[len(self.sparsities) // 2]:
                     mass, picked = maps(core, layer.held_out[0])
                     drawn[layer.name] = (mass.cpu().numpy(), picked.cpu().numpy())
-                    self._rows += self._gradient_rows(core, layer, case_name)
+                    self._rows += gradient_rows(core, layer.held_out[: self.gradients], case_name)
             save_maps(self._maps_path(), drawn)
             print(f"{layer.name}: {time.monotonic() - begun:.1f} s", flush=True)
             self._write(self._summary(model, joined_errors))
         self._rows = self._summary(model, joined_errors) + self._rows
         return cores
-
-    def _gradient_rows(self, core: SparseLinearAttention, layer: Layer, case_name: str) -> list[dict[str, Any]]:
-        some = layer.held_out[: self.gradients]
-        if not some:
-            return []
-        targets = [dense(core, *(x[None].float() for x in sample)).detach() for sample in some]
-        found = gradient_errors(core, some, targets)
-        return [
-            results.row(f"gradients, {case_name}", f"int8fp8-{backward.replace('_', '-')}", f"rel_err_{name}", value)
-            for backward, of in found.items()
-            for name, value in of.items()
-        ]
 
     def _summary(self, model: str, joined_errors: dict[float, Joined]) -> list[dict[str, Any]]:
         return [

@@ -9,13 +9,16 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from allears.nn.sparse_linear_attention import SparseLinearAttention
 from allears.ops.attention.sparse_linear import Blocks, SparseLinear, map_from_blocks, select_top_k
-from allears.turbo.sparse.fit import Errors, Sample, block_mass, fit_projection, fit_ratio, fit_router, measure
+from allears.turbo.sparse.fit import Errors, Sample, block_mass, dense, fit_projection, fit_ratio, fit_router, measure
+
+from . import results
 
 ORACLE = "sla2-oracle"
 ABOUT = {
@@ -193,6 +196,18 @@ def gradient_errors(
         backward: {name: math.sqrt(off / max(size, 1e-30)) for name, (off, size) in found.items()}
         for backward, found in sums.items()
     }
+
+
+def gradient_rows(core: SparseLinearAttention, samples: Sequence[Sample], case_name: str) -> list[dict[str, Any]]:
+    """Rows of :func:`gradient_errors` against dense attention."""
+    if not samples:
+        return []
+    targets = [dense(core, *(x[None].float() for x in sample)).detach() for sample in samples]
+    return [
+        results.row(f"gradients, {case_name}", f"int8fp8-{backward.replace('_', '-')}", f"rel_err_{name}", value)
+        for backward, found in gradient_errors(core, samples, targets).items()
+        for name, value in found.items()
+    ]
 
 
 def _gradients(

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from benchmarks.sla2_systems import ABOUT, ORACLE, Fitter, Joined, Layer, gradie
 from benchmarks.sla2_tuning import ARMS, tune_arms
 from torch import nn
 
+from allears.core.config import to_dict
 from allears.core.weights import save_weights
 from allears.models.enhance.config import PRESETS
 from allears.models.enhance.model import EnhanceNet
+from allears.models.video.config import PRESETS as VIDEO_PRESETS
+from allears.models.video.model import VideoNet
 from allears.nn.attention import SelfAttention
 from allears.nn.sparse_linear_attention import SparseLinearAttention
 from allears.ops.attention.sparse_linear import SparseLinear
@@ -132,6 +136,27 @@ def test_picture_shows_the_least_uniform_head_of_spread_layers(tmp_path):
 def test_windows_have_an_even_number_of_frames():
     config = PRESETS["base"]
     assert window_samples(config, 102.4) == (12_800 - 1) * 128
+
+
+def test_all_layers_of_the_video_model(tmp_path):
+    torch.manual_seed(0)
+    config = replace(VIDEO_PRESETS["test"], frames=16, size_px=32, tile=(4, 4, 4), layers=2)  # 8 blocks of 64
+    net = VideoNet(config)
+    nn.init.normal_(net.leave.weight, std=0.2)
+    save_weights(tmp_path / "net", net.state_dict(), {"model": "video", "config": to_dict(config)})
+    given = {"video": str(tmp_path / "net"), "device": "cpu", "bands": 2, "sparsities": (0.75,), "block_q": 64}
+    given |= {"mass_steps": 1, "output_steps": 1, "gradients": 0, "tune_steps": 1, "tune_sparsity": 0.75}
+    assert Sla2Quality(**given, results_folder=tmp_path, commit="abc", name="v").run() == 0
+    document = json.loads((tmp_path / "v.json").read_text())
+    rows = {(row["case"], row["system"], row["metric"]): row["value"] for row in document["rows"]}
+    for layer in ("blocks.0.attention", "blocks.1.attention"):
+        assert rows[f"net s0.75, {layer}", "sla2", "kept"] == 0.25
+    assert rows["tuning, net s0.75", "int8fp8-drop-in", "rel_err"] > 0
+    assert document["notes"][0].startswith(
+        "2 layers over space and time of net: 512 tokens, 2 heads of 16, in 2 videos"
+    )
+    with pytest.raises(ValueError, match="bands: 1 videos"):
+        Sla2Quality(**{**given, "bands": 1}, results_folder=tmp_path).run()
 
 
 def test_the_whole_run_in_small(tmp_path):

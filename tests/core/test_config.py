@@ -1,9 +1,10 @@
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from allears.core import config
-from allears.core.device import resolve_device
+from allears.core.device import matmul_precision, resolve_device
 from allears.core.errors import MissingDependencyError, require
 
 
@@ -56,3 +57,17 @@ def test_a_gpu_without_a_number_is_that_of_the_local_rank(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert str(resolve_device("auto")) == str(resolve_device("cuda")) == "cuda:3"
     assert str(resolve_device("cuda:1")) == "cuda:1" and str(resolve_device("cpu")) == "cpu"
+
+
+def test_precision_of_products_is_put_back():
+    before = torch.get_float32_matmul_precision()
+    other = "high" if before == "highest" else "highest"
+
+    @matmul_precision(other)
+    def inside() -> str:
+        return torch.get_float32_matmul_precision()
+
+    assert inside() == inside() == other and torch.get_float32_matmul_precision() == before
+    with pytest.raises(OSError), matmul_precision(other):
+        raise OSError
+    assert torch.get_float32_matmul_precision() == before

@@ -38,7 +38,7 @@ class Video:
     """A shipped model, or a folder with a checkpoint; by default the shipped one."""
 
     steps: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Sampler steps: more is slower. By default what the model was trained for."""
+    """Sampler steps: more is slower. By default what the model was trained for; distilled weights take 1 to 4."""
 
     guidance: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """How strongly the text is followed; other than 1 it takes twice the time. By default the model's own."""

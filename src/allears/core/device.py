@@ -1,7 +1,9 @@
-"""Choosing a device by name."""
+"""Choosing a device by name, and how exactly it multiplies."""
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -34,3 +36,18 @@ def _own(device: "torch.device") -> "torch.device":
     if device.type != "cuda" or device.index is not None or "LOCAL_RANK" not in os.environ:
         return device
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+@contextmanager
+def matmul_precision(precision: Literal["highest", "high"]) -> Iterator[None]:
+    """Products of float32 matrices in float32 (``highest``) or, on a GPU, in TF32 (``high``): in a block or, as a
+    decorator, in a function. Afterwards the process has what it had before.
+    """
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

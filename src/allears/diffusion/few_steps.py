@@ -8,7 +8,7 @@ Shapes: B batch; a state is (B, ...).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -52,14 +52,14 @@ def sample_few(
     condition: Any,
     angles_rad: Sequence[float],
     kind: Kind = "sde",
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Clean states (B, ...) from standard normal ``noise``, one call of the network for each angle but the last.
 
     Args:
         velocity: the distilled network, as a velocity of rectified flow.
         angles_rad: falling from at most pi / 2 to 0; see :func:`few_step_angles`.
-        generator: of the fresh noise of ``sde``; needed with more than one step.
+        generator: of the fresh noise of ``sde``, or what gives it for a state; needed with more than one step.
 
     Raises:
         ValueError: the angles do not fall, the kind is unknown, or a generator is missing.
@@ -78,7 +78,8 @@ def sample_few(
             x = x - (t - t_next) * v
         else:
             assert generator is not None
-            x = (1 - t_next) * (x - t * v) + t_next * noise_like(x, generator)
+            fresh = noise_like(x, generator) if isinstance(generator, torch.Generator) else generator(x)
+            x = (1 - t_next) * (x - t * v) + t_next * fresh
     return x
 
 

@@ -14,6 +14,7 @@ _ENTRIES = {
     "rcm": "allears.recipes.rcm:distil_enhancer",
     "separate": "allears.recipes.separate:train_separate",
     "video": "allears.recipes.video:train_video",
+    "video-rcm": "allears.recipes.video_distil:distil_video",
 }
 
 

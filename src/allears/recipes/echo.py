@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from allears.audio.kalman import KalmanConfig, KalmanEchoFilter
 from allears.core.config import from_dict, to_dict
-from allears.core.device import resolve_device
+from allears.core.device import matmul_precision, resolve_device
 from allears.core.weights import load_weights, read_sidecar, save_weights
 from allears.data.echo import EchoMixConfig
 from allears.data.echo_render import EchoBatch
@@ -124,6 +124,7 @@ def kalman() -> LinearFilter:
     return KalmanEchoFilter(KalmanConfig(block=320, filter_ms=320.0))
 
 
+@matmul_precision("high")
 def train_echo(
     corpus: list[str],
     out: str,
@@ -190,7 +191,6 @@ def train_echo(
     sizes = replace(sizes, voice=sizes.voice and any(stage.voice for stage in plan), linear_input=False)
     mixing, weights = _chosen(TRAIN_MIX, mix, "mix"), _chosen(DEFAULT_LOSS, loss, "loss")
     where = resolve_device(device)
-    torch.set_float32_matmul_precision("high")
     if data is None:
         data = load_data(corpus, where, rirs, seed, rooms_folder)
     if linear is None and plan[0].linear:

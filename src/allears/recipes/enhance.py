@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from allears.audio.metrics.pesq import pesq_wb
 from allears.core.config import from_dict, to_dict
-from allears.core.device import resolve_device
+from allears.core.device import matmul_precision, resolve_device
 from allears.core.errors import require
 from allears.core.weights import load_weights, save_weights
 from allears.data.mix import MixConfig, MixSampler, MixSpec
@@ -101,6 +101,7 @@ def _si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
     return 10 * torch.log10(target.square().sum(-1) / (estimate - target).square().sum(-1))
 
 
+@matmul_precision("high")
 def train_enhance(
     corpus: list[str],
     out: str,
@@ -152,7 +153,6 @@ def train_enhance(
     if pesq_clips:
         require("pesq", "eval", "PESQ-WB of the validation clips")
     where = resolve_device(device)
-    torch.set_float32_matmul_precision("high")
     if data is None:
         data = load_data(corpus, where, rirs, seed, validation_clips, rooms_folder)
     mix = replace(TRAIN_MIX, seconds=seconds, rirs=data.room_count)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from allears.core.config import from_dict, to_dict
-from allears.core.device import resolve_device
+from allears.core.device import matmul_precision, resolve_device
 from allears.core.weights import load_weights, save_weights
 from allears.data.tokens import TokenData, read_tokens
 from allears.models.language.config import PRESETS, LanguageConfig
@@ -44,6 +44,7 @@ def language_config(preset: str, vocabulary: int, qk_norm: bool | None, init_qk_
     return config if init_qk_gain is None else replace(config, init_qk_gain=init_qk_gain)
 
 
+@matmul_precision("high")
 def train_language(
     corpus: list[str],
     out: str,
@@ -105,7 +106,6 @@ def train_language(
         raise ValueError(f"warmup_share: {warmup_share} given; wanted 0 to 0.1 of the run")
     steps = max(1, token_budget // tokens_per_step) if steps is None else steps
     where = resolve_device(device)
-    torch.set_float32_matmul_precision("high")
     torch.manual_seed(seed)
     model = LanguageModel(config, spec_of(numerics, smooth_k, smooth_q, grad_scales)).to(where)
     batch = tokens_per_step // config.context

@@ -3,14 +3,13 @@
 Shapes: B sequences, L positions, H query heads, G key heads (H a multiple of G), D head size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from allears.core.device import matmul_precision
 from allears.models.language.loss import next_token_loss
 from allears.models.language.model import LanguageModel, use_attention
 from allears.ops.attention import AttentionSpec, LowBit
@@ -136,17 +135,6 @@ def rel_l2(x: Tensor, exact: Tensor) -> float:
     return float((x.double() - exact.double()).norm() / exact.double().norm())
 
 
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 products in float32: a GPU may otherwise round what goes into them to TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def trace_errors(model: LanguageModel, tokens: Tensor, options: LowBit | None = None) -> list[dict[str, Any]]:
     """Errors of SageBwd on the activations of ``model``, layer by layer, in both granularities of ``grad_scales``.
 
@@ -172,7 +160,7 @@ def trace_errors(model: LanguageModel, tokens: Tensor, options: LowBit | None = 
     def add(layer: int, scales: str | None, tensor: str, metric: str, value: float) -> None:
         rows.append({"layer": layer, "grad_scales": scales, "tensor": tensor, "metric": metric, "value": value})
 
-    with _full_precision():
+    with matmul_precision("highest"):
         for layer, act in enumerate(activations):
             exact = exact_tensors(act, options.smooth_k)
             for name, x in (("Q", act.q), ("K", act.k), ("K'", smooth_keys(act.k)[0])):

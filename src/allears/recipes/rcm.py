@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from allears.audio.metrics.si_sdr import si_sdr_db
 from allears.core.config import from_dict, to_dict
-from allears.core.device import resolve_device
+from allears.core.device import matmul_precision, resolve_device
 from allears.core.weights import check_keys, load_pretrained, save_weights
 from allears.diffusion.few_steps import few_step_angles, sample_few
 from allears.diffusion.path import LinearPath
@@ -82,6 +82,7 @@ class EnhancerBatches(EnhanceObjective):
         return {**scores, "si_sdr_gain_2_renoised": float(gain.mean())}
 
 
+@matmul_precision("high")
 def distil_enhancer(
     corpus: list[str],
     out: str,
@@ -127,7 +128,6 @@ def distil_enhancer(
         raise ValueError(f"sampler_steps: {sampler_steps} given; the enhancer is distilled to 1 or 2")
     settings = rcm if isinstance(rcm, RcmSettings) else from_dict(RcmSettings, {**to_dict(ENHANCER_RCM), **rcm}, "rcm")
     where = resolve_device(device)
-    torch.set_float32_matmul_precision("high")
     found = load_pretrained(start, "enhance", EnhanceConfig)
     config = found.config
     teacher = EnhanceNet(config)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from allears.core.config import from_dict, to_dict
-from allears.core.device import resolve_device
+from allears.core.device import matmul_precision, resolve_device
 from allears.core.weights import load_weights, save_weights
 from allears.data.talkers import TalkersConfig, TalkersSampler, TalkersSpec
 from allears.data.talkers_render import TalkersRenderer
@@ -131,6 +131,7 @@ class SeparateObjective:
         return {"si_snri_db": float(gains.mean()), "si_snri_db_worst_tenth": float(gains.quantile(0.1))}
 
 
+@matmul_precision("high")
 def train_separate(
     corpus: list[str],
     out: str,
@@ -187,7 +188,6 @@ def train_separate(
     mixing = _mixing(ROOM_MIX if config.silent_outputs else CLEAN_MIX, mix, seconds)
     options = _chosen(SeparateLoss(measure="snr" if config.silent_outputs else "si_snr"), loss, "loss")
     where = resolve_device(device)
-    torch.set_float32_matmul_precision("high")
     if data is None:
         data = load_data(
             corpus, where, mixing, config.sample_rate_hz, config.talkers, rirs, seed, validation_clips, rooms_folder

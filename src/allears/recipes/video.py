@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from allears.core.config import from_dict, to_dict
-from allears.core.device import resolve_device
+from allears.core.device import matmul_precision, resolve_device
 from allears.core.weights import load_weights, save_weights
 from allears.data.world import Split, WorldSpec, draw_spec, draw_specs
 from allears.data.world_check import check_videos, consistency_db, summary
@@ -152,6 +152,7 @@ def sample_specs(
     return torch.cat(made)
 
 
+@matmul_precision("high")
 def train_video(
     corpus: list[str],
     out: str,
@@ -203,7 +204,6 @@ def train_video(
     config = PRESETS[preset]
     options = loss if isinstance(loss, FlowLoss) else from_dict(FlowLoss, {**to_dict(FlowLoss()), **loss}, "loss")
     where = resolve_device(device)
-    torch.set_float32_matmul_precision("high")
     torch.manual_seed(seed)
     net, before = VideoNet(config), None
     if start is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from allears.core.device import resolve_device
 from allears.core.weights import load_weights, save_weights
 from allears.data.world import WorldSpec, draw_spec, draw_specs
-from allears.data.world_check import check_videos, consistency_db, summary
+from allears.data.world_check import Check, check_videos, consistency_db, summary
 from allears.data.world_features import WorldClassifier, frechet_distance, targets
 from allears.data.world_layout import lay_out
 from allears.data.world_render import FRAMES, SIZE_PX, render
@@ -92,7 +92,11 @@ def features(judge: WorldClassifier, videos: Tensor, batch: int = 32) -> Tensor:
 
 
 def score_videos(
-    videos: Tensor, specs: Sequence[WorldSpec], judge: WorldClassifier | None = None, real: Tensor | None = None
+    videos: Tensor,
+    specs: Sequence[WorldSpec],
+    judge: WorldClassifier | None = None,
+    real: Tensor | None = None,
+    checks: Sequence[Check] | None = None,
 ) -> dict[str, float]:
     """All that is told of a model: per cent of what its captions ask for (see ``world_check.summary``), steadiness in
     dB, and the Frechet distance to true videos.
@@ -102,8 +106,9 @@ def score_videos(
         specs: what was asked for.
         judge: gives the features; without it there is no ``frechet``.
         real: features of true videos (M, D); by default of those of the same specs with other seeds.
+        checks: of the videos, where they were judged already.
     """
-    scores = summary(check_videos(videos, specs))
+    scores = summary(check_videos(videos, specs) if checks is None else checks)
     scores["consistency_db"] = float(consistency_db(videos).mean())
     if judge is not None:
         if real is None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from allears.core.config import to_dict
 from allears.core.device import resolve_device
-from allears.core.weights import check_keys, load_pretrained, save_weights
+from allears.core.weights import load_pretrained, read_sidecar, save_weights
 from allears.data.world import Split, draw_specs
 from allears.data.world_text import caption, encode
 from allears.diffusion.path import LinearPath
+from allears.models.video.build import SparseLayers, load_net
 from allears.models.video.config import VideoConfig
 from allears.models.video.loss import FlowLoss, Velocity, draw_times
 from allears.models.video.model import VideoNet
@@ -31,15 +32,13 @@ from allears.turbo.sparse import SparseSettings, sparsify
 
 
 def load_teacher(name_or_stem: str | Path, device: str | torch.device = "auto") -> VideoNet:
-    """A trained model in evaluation mode, on ``device``, whose weights ask for no gradient.
+    """A trained model in evaluation mode, on ``device``, whose weights ask for no gradient; with the sparse layers that
+    it may have.
 
     Raises:
         WeightsError: nothing is found there, or it is of another model.
     """
-    found = load_pretrained(name_or_stem, "video", VideoConfig)
-    net = VideoNet(found.config)
-    check_keys(net, found.tensors)
-    net.load_state_dict(found.tensors)
+    net = load_net(load_pretrained(name_or_stem, "video", VideoConfig))
     return net.to(resolve_device(device)).eval().requires_grad_(False)
 
 
@@ -49,7 +48,7 @@ class NoisyVideos:
 
     Args:
         data: painted videos.
-        options: how flow times are drawn; captions stay as they are.
+        options: how flow times are drawn, and how many captions are left out, which guidance needs too.
     """
 
     data: WorldData
@@ -58,14 +57,23 @@ class NoisyVideos:
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         videos, tokens = self.data(step)
         t = draw_times(len(videos), self.options, generator).to(videos.device)
+        dropped = torch.rand(len(videos), generator=generator, device=generator.device).to(videos.device)
+        tokens = torch.where(dropped[:, None] < self.options.drop_caption, torch.zeros_like(tokens), tokens)
         path = LinearPath(1.0)
         return path.sample(videos, torch.zeros_like(videos), t, path.noise(videos, generator)), t, tokens
+
+
+def times_of(config: VideoConfig) -> FlowLoss:
+    """The flow times at which a model is called: those of training, or of distilled weights those of few steps, which
+    are higher, always with a caption."""
+    return FlowLoss(mean=2.0, deviation=1.4, drop_caption=0.0) if config.distilled else FlowLoss()
 
 
 def calibration(net: VideoNet, batches: int, batch: int, seed: int = 100) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Inputs to record a model's attention on, see :func:`allears.turbo.sparse.record`; not training's videos."""
     device = next(net.parameters()).device
-    draw, generator = NoisyVideos(WorldData(net.config, batch, seed, device)), torch.Generator(device)
+    data, generator = WorldData(net.config, batch, seed, device), torch.Generator(device)
+    draw = NoisyVideos(data, times_of(net.config))
     generator.manual_seed(seed)
     for step in range(batches):
         yield draw(step, generator)
@@ -109,14 +117,18 @@ def tune_video(
 ) -> TrainResult:
     """Stage 2: tune the model with the sparse layers of ``sparse`` to give what the dense ``teacher`` gives.
 
-    ``precision="int8_fp8"`` trains for 8-bit kernels (quantisation-aware). ``out/ema`` holds weights and cores, for
-    :func:`allears.recipes.sparse_tune.load_tuned`; ``out/export`` the same in float16.
+    ``precision="int8_fp8"`` trains for 8-bit kernels (quantisation-aware). ``teacher`` may be distilled to few steps;
+    the tuned model is so too then. ``out/ema`` holds weights and cores, for
+    :func:`allears.recipes.sparse_tune.load_tuned`; ``out/export`` the same in float16, for
+    :class:`allears.models.video.VideoGenerator`.
     """
+    if all(layer["keep"] is None for layer in read_sidecar(sparse)["layers"].values()):
+        raise ValueError(f"sparse: all layers of {sparse!r} are dense; fit with a higher max_error")
     dense = load_teacher(teacher, device)
     where = next(dense.parameters()).device
     model = copy.deepcopy(dense).requires_grad_(True)
     held_out = [tuple(x[:4] for x in inputs) for inputs in calibration(dense, 2, 4, seed=101)]
-    draw = NoisyVideos(WorldData(dense.config, batch, seed + 1, where))
+    draw = NoisyVideos(WorldData(dense.config, batch, seed + 1, where), times_of(dense.config))
     settings = TrainConfig(
         out=out,
         steps=steps or 500,
@@ -130,14 +142,24 @@ def tune_video(
         validate_every=100,
         compile=compile,
     )
-    result, installed = tune_sparse(model, sparse, MatchDense(dense, draw, held_out), settings, precision, backward)
+    result, _ = tune_sparse(model, sparse, MatchDense(dense, draw, held_out), settings, precision, backward)
+    layers = SparseLayers.of(model)
+    assert layers is not None
     record = {
-        "model": "video-sparse",
+        "model": "video",
         "config": to_dict(dense.config),
-        "sparse": sparse,
-        "layers": sorted(installed.cores),
-        "training": {"recipe": "video_tune", "teacher": teacher, "steps": result.step, "batch": batch, "lr": lr},
-        "precision": precision,
+        "sparse": layers.to_record(),
+        "training": {
+            "recipe": "video_tune",
+            "teacher": Path(teacher).name,
+            "steps": result.step,
+            "seconds_of_training": round(result.elapsed_s),
+            "batch": batch,
+            "lr": lr,
+            "seed": seed,
+            "precision": precision,
+            "backward": backward,
+        },
         "validation": result.metrics,
     }
     save_weights(Path(out) / "export", {name: tensor.cpu() for name, tensor in model.state_dict().items()}, record)

@@ -69,9 +69,9 @@ def test_a_named_kernel_gives_what_the_reference_gives():
 def test_explain_says_why_not():
     arguments = call()
     choice = explain_sparse_linear(*arguments)
-    assert choice.kernel == "reference"
+    assert choice.kernel == "gathered" and choice.able == ("reference",)
     assert set(choice.refused) == {"hopper", "triton"} and all(choice.refused.values())
-    assert explain_sparse_linear(*arguments, kernel="reference") == choice
+    assert explain_sparse_linear(*arguments, kernel="gathered") == choice
     with pytest.raises(ValueError, match="kernel: 'triton' cannot run this call"):
         explain_sparse_linear(*call(dtype=torch.float64), kernel="triton")
 
@@ -195,7 +195,7 @@ def test_arguments_that_do_not_fit_are_named():
     says(r"proj: weight \(8, 8\)", options=plain(form="sla"), ratio=None, proj=(torch.eye(8), None))
     says(r"bias \(8,\)", options=plain(form="sla"), ratio=None, proj=(torch.eye(16), torch.ones(8)))
     says("scale: -1", scale=-1.0)
-    says("kernel: 'cuda' is unknown; known are auto, hopper, triton, reference", kernel="cuda")
+    says("kernel: 'cuda' is unknown; known are auto, hopper, triton, gathered, reference", kernel="cuda")
     says("v: shape", v=v[:, :5])
     says("cu_seqlens_k: one given without the other", q=q[0], k=k[0], v=v[0], cu_seqlens_q=torch.tensor([0, 150]).int())
     says("no kernel can run this call", q=q.double(), k=k.double(), v=v.double(), options=plain(precision="int8_fp8"))
@@ -251,8 +251,8 @@ def test_sparsity_in_the_spec_is_explained_and_trains_only_exactly():
     q, k, v, *_ = call()
     exact, low = (AttentionSpec(sparse=Sparsity(keep=0.5), numerics=n) for n in ("exact", "int8_fp8"))
     choice = explain(q, k, v, exact)
-    assert choice.kernel == "reference" and set(choice.refused) == {"hopper", "triton"}
-    assert [b.name for b in backends("exact", sparse=True)] == ["hopper", "triton", "reference"]
+    assert choice.kernel == "gathered" and set(choice.refused) == {"hopper", "triton"}
+    assert [b.name for b in backends("exact", sparse=True)] == ["hopper", "triton", "gathered", "reference"]
     assert "sdpa" in [b.name for b in backends("exact")]
     q.requires_grad_()
     (gradient,) = torch.autograd.grad(attention(q, k, v, exact).sum(), q)

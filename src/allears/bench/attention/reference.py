@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from allears.bench.attention.inputs import Inputs
+from allears.core.device import matmul_precision
 
 _ROWS, _HEADS = 256, 8  # sampled for the output
 _GRADIENT_HEADS = 2  # key heads sampled for the gradients
@@ -123,10 +124,5 @@ def _rel_err(got: list[Tensor], exact: list[Tensor] | tuple[Tensor, ...]) -> flo
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Float32 products without TF32, whatever the process has set."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with matmul_precision("highest"), torch.no_grad():
+        yield

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from allears.bench.separate.settings import SIZES
+from allears.core.device import matmul_precision
 from allears.models.separate.config import PRESETS, Attention
 from allears.models.separate.model import SeparateNet
 
@@ -64,14 +65,10 @@ def make_mixture(net: SeparateNet, seconds: float, seed: int) -> Tensor:
 def products(precision: str, device: torch.device) -> Iterator[None]:
     """Matrix products and convolutions in ``float32``, ``tf32`` or ``bf16`` (autocast), as it was before on leaving."""
     tf32 = precision == "tf32"
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32), autocast:
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    convolutions = torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32)
+    with matmul_precision("high" if tf32 else "highest"), convolutions, autocast:
+        yield
 
 
 def check(size: str, nets: dict[str, SeparateNet], device: torch.device, seed: int, quick: bool) -> dict[str, float]:

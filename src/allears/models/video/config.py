@@ -4,8 +4,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from allears.data.world_text import CAPTION_WORDS, WORDS
+from allears.diffusion.few_steps import CODE_MIDDLE_RAD
 
 Triple = tuple[int, int, int]
+
+MOST_FEW_STEPS = len(CODE_MIDDLE_RAD) + 1
+"""Most steps of the sampler for distilled weights."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class VideoConfig:
             the velocity either way.
         shift: of the sampler's times, t = shift u / (1 + (shift - 1) u) of u evenly from 1 to 0 (Esser et al., 2024).
         steps, guidance: that the shipped weights are meant for; guidance 1 is none.
+        distilled: the weights were distilled to a few steps, 1 to :data:`MOST_FEW_STEPS`, with fresh noise between them
+            and without guidance (``sample.generate_few``).
 
     Raises:
         ValueError: sizes do not divide one another, or a value is out of its range.
@@ -49,6 +55,7 @@ class VideoConfig:
     shift: float = 3.0
     steps: int = 50
     guidance: float = 3.0
+    distilled: bool = False
 
     def __post_init__(self) -> None:
         for name, size, part, tile in zip(
@@ -64,6 +71,11 @@ class VideoConfig:
         for name in ("shift", "guidance"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)} given; wanted more than 0")
+        if self.distilled and not (1 <= self.steps <= MOST_FEW_STEPS and self.guidance == 1):
+            raise ValueError(
+                f"distilled: with {self.steps} steps and guidance {self.guidance:g}; distilled weights take 1 to "
+                f"{MOST_FEW_STEPS} steps and guidance 1"
+            )
 
     @property
     def video_shape(self) -> Triple:

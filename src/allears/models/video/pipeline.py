@@ -14,13 +14,16 @@ import torch
 
 from allears.core.device import resolve_device
 from allears.core.progress import OnProgress, Progress
-from allears.core.weights import check_keys, load_pretrained
+from allears.core.weights import load_pretrained
 from allears.data.world import WorldSpec
 from allears.data.world_text import caption, encode, parse
+from allears.models.video.build import load_net
 from allears.models.video.config import VideoConfig
 from allears.models.video.files import write_video
 from allears.models.video.model import VideoNet
-from allears.models.video.sample import calls_of, draw_noise, generate
+from allears.models.video.sample import calls_of, draw_noise, generate, generate_few
+from allears.ops.attention.sparse_linear.options import Precision
+from allears.ops.gemm.schemes import SchemeName
 
 DEFAULT = "video-base"
 
@@ -74,19 +77,27 @@ class VideoGenerator:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_folder: str | Path = DEFAULT, device: str | torch.device = "auto"
+        cls,
+        name_or_folder: str | Path = DEFAULT,
+        device: str | torch.device = "auto",
+        precision: Precision | None = None,
+        linear: SchemeName | None = None,
     ) -> "VideoGenerator":
         """Load shipped weights by name, or your own from a folder (with ``weights.safetensors`` and ``weights.json``)
-        or a path stem.
+        or a path stem: dense or sparse, distilled or not.
+
+        Args:
+            precision: of attention, ``exact`` or ``int8_fp8`` (8-bit kernels, for GPUs); by default exact on a CPU, and
+                elsewhere what the weights were tuned for.
+            linear: 8-bit linear layers (W8A8) of this scheme, such as ``fp8_row``; ``None`` leaves them.
 
         Raises:
             WeightsError: nothing is found there, or it is corrupt or of another model.
         """
         found = load_pretrained(name_or_folder, "video", VideoConfig)
-        net = VideoNet(found.config)
-        check_keys(net, found.tensors)
-        net.load_state_dict(found.tensors)
-        return cls(net, device, found.name)
+        where = resolve_device(device)
+        net = load_net(found, precision or ("exact" if where.type == "cpu" else None), linear)
+        return cls(net, where, found.name)
 
     @property
     def parameters(self) -> int:
@@ -107,9 +118,11 @@ class VideoGenerator:
         Args:
             text: what is to be seen, in the words of ``allears.data.world_text``.
             seed: of the noise, 0 or more; the same seed gives the same frames on the same machine.
-            steps: solver steps; more cost time in proportion. The default is the model's own.
+            steps: solver steps; more cost time in proportion. The default is the model's own. Distilled weights take 1
+                to 4.
             guidance: how strongly the text is followed, 1 for as it comes (half the time). The default is the model's.
-            solver: ``euler``, ``midpoint`` or ``heun``.
+                Distilled weights have it built in, and take 1.
+            solver: ``euler``, ``midpoint`` or ``heun``; not read by distilled weights.
             on_progress: told of each call of the network.
 
         Raises:
@@ -144,16 +157,22 @@ class VideoGenerator:
         said = [caption(spec) for spec in specs]
         numbers = [encode(words, self.config.words, self.config.text_words) for words in said]
         tokens = torch.tensor(numbers, device=self.device)
-        total = calls_of(self.config.steps if steps is None else steps, solver)
+        few = self.config.distilled
+        if few and guidance not in (None, 1):
+            raise ValueError(f"guidance: {guidance} given; distilled weights have theirs built in, leave it out")
+        total = calls_of(self.config.steps if steps is None else steps, "euler" if few else solver)
 
         def tell(done: int) -> None:
             if on_progress is not None:
                 on_progress(Progress(done, total, "steps", said[0] if len(said) == 1 else f"{len(said)} videos"))
 
-        noise = draw_noise(self.config, seeds).to(self.device)
         on_gpu = self.device.type == "cuda"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
-            videos = generate(self.net, self.config, tokens, noise, steps, guidance, solver, tell)
+            if few:
+                videos = generate_few(self.net, self.config, tokens, seeds, steps, tell)
+            else:
+                noise = draw_noise(self.config, seeds).to(self.device)
+                videos = generate(self.net, self.config, tokens, noise, steps, guidance, solver, tell)
         frames = (videos.permute(0, 2, 3, 4, 1) * 255).round().to(torch.uint8).cpu().numpy()
         took = (time.perf_counter() - begun) / len(texts)
         return [

@@ -1,16 +1,18 @@
-"""From noise and a caption to a video: the flow solved with classifier-free guidance (Ho and Salimans, 2022).
+"""From noise and a caption to a video: the flow solved with classifier-free guidance (Ho and Salimans, 2022), or a few
+calls of a distilled network.
 
 Shapes: B videos, T frames, H rows, W columns, M words.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from allears.diffusion.few_steps import few_step_angles, sample_few
 from allears.diffusion.path import LinearPath, expand_time
 from allears.diffusion.solvers import SOLVERS, integrate, time_grid
-from allears.models.video.config import VideoConfig
+from allears.models.video.config import MOST_FEW_STEPS, VideoConfig
 from allears.models.video.loss import Velocity
 
 
@@ -40,8 +42,14 @@ def guided(velocity: Velocity, guidance: float) -> Velocity:
 
 def draw_noise(config: VideoConfig, seeds: list[int]) -> Tensor:
     """z (B, 3, T, H, W), one seed a video, drawn on the CPU: the same on every device, in every batch."""
+    return next(noises(config, seeds))
+
+
+def noises(config: VideoConfig, seeds: list[int]) -> Iterator[Tensor]:
+    """:func:`draw_noise`, and after it others of the same seeds, without end."""
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.randn(3, *config.video_shape, generator=draw) for draw in draws])
+    while True:
+        yield torch.stack([torch.randn(3, *config.video_shape, generator=draw) for draw in draws])
 
 
 def generate(
@@ -85,6 +93,48 @@ def generate(
 
     times = shifted_times(steps, config.shift)
     return (0.5 + 0.5 * integrate(denoise, LinearPath(1.0), noise, times, SOLVERS[solver])).clamp(0.0, 1.0)
+
+
+@torch.no_grad()
+def generate_few(
+    velocity: Velocity,
+    config: VideoConfig,
+    tokens: Tensor,
+    seeds: list[int],
+    steps: int | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Videos (B, 3, T, H, W) in [0, 1] for captions (B, M), from a distilled network without guidance.
+
+    Args:
+        velocity: the network.
+        seeds: one a video; the first noise is that of :func:`draw_noise`, the noise between steps follows it.
+        steps: the configuration's where not given.
+        on_step: told how many calls of the network are done, from 1.
+
+    Raises:
+        ValueError: the steps are not 1 to :data:`~allears.models.video.config.MOST_FEW_STEPS`.
+    """
+    steps = config.steps if steps is None else steps
+    if not 1 <= steps <= MOST_FEW_STEPS:
+        raise ValueError(
+            f"steps: {steps} given; weights that were distilled to a few steps take 1 to {MOST_FEW_STEPS} of them"
+        )
+    stream, calls = noises(config, seeds), 0
+
+    def fresh(_: Tensor | None = None) -> Tensor:
+        return next(stream).to(tokens.device)
+
+    def counted(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        nonlocal calls
+        found = velocity(x, t, condition).float()
+        calls += 1
+        if on_step is not None:
+            on_step(calls)
+        return found
+
+    made = sample_few(counted, fresh(), tokens, few_step_angles(steps), "sde", fresh)
+    return (0.5 + 0.5 * made).clamp(0.0, 1.0)
 
 
 def calls_of(steps: int, solver: str) -> int:

@@ -1,4 +1,4 @@
-"""The kernels of sparse-linear attention as its door sees them: Hopper's, Triton's, and the reference.
+"""The kernels of sparse-linear attention as its door sees them: Hopper's, Triton's, the CPU's, and the reference.
 
 Shapes: B batch, L_q queries, L_k keys, H query heads, G key heads, D head size.
 """
@@ -15,6 +15,7 @@ from allears.ops.attention.backend import nothing_missing
 from allears.ops.attention.call import Facts
 from allears.ops.attention.lowbit.backends import HALF, interpreted, triton_missing
 from allears.ops.attention.lowbit.inputs import DTYPES, LARGEST_HEAD_SIZE
+from allears.ops.attention.sparse_linear.gathered import sparse_linear_gathered
 from allears.ops.attention.sparse_linear.ops_hopper import sparse_linear_hopper
 from allears.ops.attention.sparse_linear.options import SparseLinear
 from allears.ops.attention.sparse_linear.reference import sparse_linear_reference
@@ -119,6 +120,18 @@ def _refuses_triton(facts: Facts, options: SparseLinear, named: bool) -> str:
     return ""
 
 
+def _refuses_gathered(facts: Facts, options: SparseLinear, named: bool) -> str:
+    if facts.device != "cpu" and not named:
+        return f"is for CPUs; the tensors are on {facts.device}: only kernel='gathered' asks for it"
+    if facts.causal or facts.packed:
+        return "takes neither causal nor packed calls"
+    if facts.empty:
+        return "there are no queries or no keys"
+    if options.precision != "exact":
+        return f"computes in full precision only, precision={options.precision!r} given"
+    return ""
+
+
 def _refuses_reference(facts: Facts, options: SparseLinear, named: bool) -> str:
     if options.precision == "int8_fp8" and facts.dtype not in DTYPES:
         return f"precision='int8_fp8' takes float16, bfloat16 and float32, {facts.dtype} given; cast q, k and v"
@@ -128,6 +141,7 @@ def _refuses_reference(facts: Facts, options: SparseLinear, named: bool) -> str:
 KERNELS = (
     Kernel("hopper", sparse_linear_hopper, _refuses_hopper, _hopper_missing, trains=False, fused=True),
     Kernel("triton", _run_triton, _refuses_triton, triton_missing),
+    Kernel("gathered", sparse_linear_gathered, _refuses_gathered),
     Kernel("reference", sparse_linear_reference, _refuses_reference),
 )
 """In the order in which ``kernel="auto"`` tries them."""
