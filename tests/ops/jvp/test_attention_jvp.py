@@ -204,3 +204,14 @@ def test_kernel_on_the_gpu(shape, dtype):
     for mine, want in zip(found, wanted(tensors), strict=True):
         assert error(mine, want) < limit
     assert math.isfinite(float(found[1].abs().max()))
+
+
+def test_a_tangent_of_more_bits_than_its_tensor_is_rounded_to_it():
+    tensors = call((1, 5, 7, 2, 1, 8), torch.bfloat16)
+    with torch.autograd.forward_ad.dual_level():
+        wide = [
+            torch.autograd.forward_ad.make_dual(x, d.float()) for x, d in zip(tensors[:3], tensors[3:], strict=True)
+        ]
+        found = torch.autograd.forward_ad.unpack_dual(dual_attention(*wide))
+    out, d_out = attention_jvp(*tensors)
+    assert torch.equal(found.primal, out) and torch.equal(found.tangent, d_out) and d_out.dtype == torch.bfloat16

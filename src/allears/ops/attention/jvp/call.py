@@ -98,9 +98,15 @@ def dual_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, 
         (B, L_q, H, D).
     """
     q, k, v = autocast_inputs(q, k, v)
-    (q, d_q), (k, d_k), (v, d_v) = (forward_ad.unpack_dual(x) for x in (q, k, v))
+    (q, d_q), (k, d_k), (v, d_v) = (_unpack(x) for x in (q, k, v))
     out, d_out = attention_jvp(q, k, v, d_q, d_k, d_v, scale, kernel)
     return forward_ad.make_dual(out, d_out)
+
+
+def _unpack(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x and its tangent in the dtype of x: torch's fused norms give a 16-bit x a tangent of 32 bits on a GPU."""
+    primal, tangent = forward_ad.unpack_dual(x)
+    return primal, None if tangent is None else tangent.to(primal.dtype)
 
 
 def is_dual(*tensors: Tensor) -> bool:
