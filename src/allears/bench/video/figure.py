@@ -7,7 +7,8 @@ from typing import Any
 from allears.bench.video.settings import SYSTEMS
 from allears.core.errors import require
 
-_OURS, _OTHER = "#b2182b", "#2166ac"
+_OURS, _RUNG, _PEER = "#b2182b", "#f4a582", "#2166ac"
+_PEERS = ("diffusers", "diffusers-compile", "sage")
 
 
 def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -35,10 +36,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, subtitle: str = "") -> P
 
     figure, axes = pyplot.subplots(1, len(shown), figsize=(6.5 * len(shown), 4.2), squeeze=False)
     for axis, (case, values) in zip(axes[0], shown.items(), strict=True):
-        colours = [_OURS if name.startswith("allears") else _OTHER for name in values]
+        colours = [_PEER if n in _PEERS else _OURS if n.startswith("allears") else _RUNG for n in values]
         bars = axis.barh(list(values), list(values.values()), color=colours)
         base = values.get("diffusers")
-        labels = [f"{s:.3g} s" + ("" if base is None else f"  ({base / s:.3g}x)") for s in values.values()]
+        labels = [_seconds(s) + ("" if base is None else f"  ({base / s:.3g}x)") for s in values.values()]
         axis.bar_label(bars, labels, padding=3, fontsize=8)
         axis.set_xscale("log")
         axis.set_xlim(min(values.values()) / 2, max(values.values()) * 8)
@@ -51,3 +52,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, subtitle: str = "") -> P
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return path
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"
