@@ -10,19 +10,17 @@ from benchmarks.registry import CASES, load_all
 from benchmarks.video_quality import VideoQuality
 from benchmarks.video_quality_models import MAIN, Family, Setting, ladder
 from benchmarks.video_quality_picture import draw, save_frames, sheet
+from tests.video_nets import BLOCKY
 
 from allears.core.config import to_dict
 from allears.core.weights import save_weights
 from allears.data.world import draw_specs
 from allears.data.world_features import WorldClassifier
-from allears.models.video import PRESETS
 from allears.models.video.build import SparseLayers
 from allears.models.video.model import VideoNet
 from allears.nn.sparse_linear_attention import SparseLinearAttention
 from allears.nn.w8a8 import W8A8Linear
 from allears.ops.attention.sparse_linear import SparseLinear
-
-BLOCKY = replace(PRESETS["test"], frames=16, size_px=32, tile=(4, 4, 4), layers=1)  # 512 tokens, 8 blocks of 64
 
 
 def put(folder, name, config, keep=None, shift=0.0):

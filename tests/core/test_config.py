@@ -59,6 +59,14 @@ def test_a_gpu_without_a_number_is_that_of_the_local_rank(monkeypatch):
     assert str(resolve_device("cuda:1")) == "cuda:1" and str(resolve_device("cpu")) == "cpu"
 
 
+def test_a_base_with_the_fields_that_are_named():
+    base, other = Outer(8.0, Inner((3,), "x")), Outer(1.0)
+    assert config.overridden(base, None, "it") is base and config.overridden(base, other, "it") is other
+    assert config.overridden(base, {"rate_hz": 5}, "it") == Outer(5.0, Inner((3,), "x"))
+    with pytest.raises(ValueError, match="it: unknown key 'x'"):
+        config.overridden(base, {"x": 1}, "it")
+
+
 def test_precision_of_products_is_put_back():
     before = torch.get_float32_matmul_precision()
     other = "high" if before == "highest" else "highest"

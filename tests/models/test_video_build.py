@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.video_nets import BLOCKY, lively
 
 from allears.core.config import to_dict
 from allears.core.errors import WeightsError
@@ -19,18 +20,7 @@ from allears.nn.w8a8 import W8A8Linear
 from allears.ops.attention.sparse_linear import SparseLinear
 
 TEST = PRESETS["test"]
-BLOCKY = replace(TEST, frames=16, size_px=32, tile=(4, 4, 4), layers=1)  # 512 tokens, 8 blocks of 64
 WORDS = torch.tensor([[1, 2, 0], [3, 0, 0]])
-
-
-def lively(config) -> VideoNet:
-    """An untrained network whose every path counts."""
-    torch.manual_seed(0)
-    net = VideoNet(config)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return net.eval().requires_grad_(False)
 
 
 def with_cores(keep: float = 0.3) -> VideoNet:
@@ -59,11 +49,11 @@ def test_noise_between_steps_is_fresh_and_of_the_videos_seed():
 
     def velocity(x, t, tokens):
         seen.append((x.clone(), float(t[0])))
-        return (x - 0.0) / t.view(-1, 1, 1, 1, 1)  # the clean video is 0
+        return x / t.view(-1, 1, 1, 1, 1)  # the clean video is 0
 
     generate_few(velocity, TEST, WORDS, [5, 9], 2)
-    first, second = noises(TEST, [5, 9]), None
-    start, second = next(first), next(first)
+    stream = noises(TEST, [5, 9])
+    start, second = next(stream), next(stream)
     torch.testing.assert_close(start, draw_noise(TEST, [5, 9]))
     t = seen[1][1]
     torch.testing.assert_close(seen[1][0] / t, second)

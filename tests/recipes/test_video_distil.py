@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.video_nets import BLOCKY, lively
 
 from allears.core.config import to_dict
 from allears.core.weights import load_weights, save_weights
 from allears.data.world import draw_specs
-from allears.diffusion.tangent import tangent_error
+from allears.diffusion.tangent import tangent_error, velocity_tangent
 from allears.models.video import PRESETS, VideoGenerator
 from allears.models.video.loss import draw_times
-from allears.models.video.model import VideoNet
 from allears.ops.attention.sparse_linear import SparseLinear
 from allears.recipes import RECIPES
 from allears.recipes.video_distil import VideoScores, check_tangent, distil_video, sample_few_specs
@@ -21,7 +21,6 @@ from allears.recipes.video_tune import distillation_kit, load_teacher, sparsify_
 from allears.turbo.sparse import SparseSettings
 
 CPU = torch.device("cpu")
-BLOCKY = replace(PRESETS["test"], frames=16, size_px=32, tile=(4, 4, 4), layers=1)  # 512 tokens, 8 blocks of 64
 SMALL = {"batch": 1, "device": "cpu", "check_clips": 0}
 
 
@@ -29,16 +28,6 @@ SMALL = {"batch": 1, "device": "cpu", "check_clips": 0}
 def no_curves(monkeypatch):
     """The pictures of a run cost more than all else here."""
     monkeypatch.setattr("allears.train.loop.draw_curves", lambda out: None)
-
-
-def lively(config) -> VideoNet:
-    """An untrained network whose every path counts."""
-    torch.manual_seed(0)
-    net = VideoNet(config)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return net.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +78,6 @@ def test_the_tangent_survives_sixteen_bits():
     rng = torch.Generator().manual_seed(2)
     x, d_x = (torch.randn(2, 3, *net.config.video_shape, generator=rng) for _ in range(2))
     tokens = torch.randint(1, 20, (2, net.config.text_words), generator=rng)
-    from allears.diffusion.tangent import velocity_tangent
-
     at = (x, torch.tensor([0.6, 0.9]), tokens, d_x, torch.tensor([0.2, 0.2]))
     with torch.no_grad():
         _, wanted = velocity_tangent()(net, *at)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from allears.core.capture import capture
+
 Call = Callable[[int], object]
 """A call to time; its argument counts up, so that a call can rotate among several sets of inputs."""
 
@@ -84,15 +86,7 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
     """
     if device.type != "cuda":
         return call
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            call()
-        torch.cuda.current_stream(device).wait_stream(side)
-        with torch.cuda.graph(graph):
-            held = call()
+    graph, held = capture(call, device, warm_calls=1)
 
     def replay() -> object:
         graph.replay()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -53,6 +54,17 @@ def from_dict(kind: type[T], values: Any, where: str = "") -> T:
         return kind(**built)
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def overridden(base: T, given: T | Mapping[str, Any] | None, where: str) -> T:
+    """``given``; ``base`` where that is ``None``; or ``base`` with the fields that the mapping ``given`` names.
+
+    Raises:
+        ValueError: a key is unknown or of the wrong type.
+    """
+    if isinstance(given, Mapping):
+        return from_dict(type(base), {**to_dict(base), **given}, where)
+    return base if given is None else given
 
 
 def to_json(config: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from allears.audio.kalman import KalmanConfig, KalmanEchoFilter
-from allears.core.config import from_dict, to_dict
+from allears.core.config import overridden, to_dict
 from allears.core.device import matmul_precision, resolve_device
 from allears.core.weights import load_weights, read_sidecar, save_weights
 from allears.data.echo import EchoMixConfig
@@ -187,9 +187,9 @@ def train_echo(
     if preset not in PRESETS:
         raise ValueError(f"preset: {preset!r} is unknown; known are {', '.join(PRESETS)}")
     plan = chosen_stages(stages, seconds)
-    sizes = _chosen(PRESETS[preset], config, "config")
+    sizes = overridden(PRESETS[preset], config, "config")
     sizes = replace(sizes, voice=sizes.voice and any(stage.voice for stage in plan), linear_input=False)
-    mixing, weights = _chosen(TRAIN_MIX, mix, "mix"), _chosen(DEFAULT_LOSS, loss, "loss")
+    mixing, weights = overridden(TRAIN_MIX, mix, "mix"), overridden(DEFAULT_LOSS, loss, "loss")
     where = resolve_device(device)
     if data is None:
         data = load_data(corpus, where, rirs, seed, rooms_folder)
@@ -274,10 +274,3 @@ def _told(stage: Stage, state: Mapping[str, Any]) -> dict[str, Any]:
     scored = {name: round(value, 3) for name, value in state["metrics"].items()}
     facts = to_dict(stage) | {"share": round(stage.share, 4)}
     return facts | {"steps": state["step"], "seconds_of_training": round(state["elapsed_s"], 1), "validation": scored}
-
-
-def _chosen(base: Any, given: Any, name: str) -> Any:
-    """``given``, or ``base`` with the fields that the mapping ``given`` names."""
-    if isinstance(given, Mapping):
-        return from_dict(type(base), {**to_dict(base), **given}, name)
-    return base if given is None else given

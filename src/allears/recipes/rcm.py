@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from allears.audio.metrics.si_sdr import si_sdr_db
-from allears.core.config import from_dict, to_dict
+from allears.core.config import overridden, to_dict
 from allears.core.device import matmul_precision, resolve_device
 from allears.core.weights import check_keys, load_pretrained, save_weights
 from allears.diffusion.few_steps import few_step_angles, sample_few
@@ -126,7 +126,7 @@ def distil_enhancer(
         raise ValueError(f"preset: {preset!r} given; a student has the size of its teacher, so choose by start")
     if sampler_steps not in (1, 2):
         raise ValueError(f"sampler_steps: {sampler_steps} given; the enhancer is distilled to 1 or 2")
-    settings = rcm if isinstance(rcm, RcmSettings) else from_dict(RcmSettings, {**to_dict(ENHANCER_RCM), **rcm}, "rcm")
+    settings = overridden(ENHANCER_RCM, rcm, "rcm")
     where = resolve_device(device)
     found = load_pretrained(start, "enhance", EnhanceConfig)
     config = found.config

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from allears.core.config import from_dict, to_dict
+from allears.core.config import overridden, to_dict
 from allears.core.device import matmul_precision, resolve_device
 from allears.core.weights import load_weights, save_weights
 from allears.data.talkers import TalkersConfig, TalkersSampler, TalkersSpec
@@ -185,8 +185,8 @@ def train_separate(
     if preset not in PRESETS:
         raise ValueError(f"preset: {preset!r} is unknown; known are {', '.join(PRESETS)}")
     config = PRESETS[preset]
-    mixing = _mixing(ROOM_MIX if config.silent_outputs else CLEAN_MIX, mix, seconds)
-    options = _chosen(SeparateLoss(measure="snr" if config.silent_outputs else "si_snr"), loss, "loss")
+    mixing = replace(overridden(ROOM_MIX if config.silent_outputs else CLEAN_MIX, mix, "mix"), seconds=seconds)
+    options = overridden(SeparateLoss(measure="snr" if config.silent_outputs else "si_snr"), loss, "loss")
     where = resolve_device(device)
     if data is None:
         data = load_data(
@@ -257,16 +257,3 @@ def train_separate(
 
 def _items(data: SeparateData) -> list[Any]:
     return [*data.speech.items, *(data.noise.items if data.noise is not None else ())]
-
-
-def _mixing(base: TalkersConfig, given: TalkersConfig | Mapping[str, Any] | None, seconds: float) -> TalkersConfig:
-    return replace(_chosen(base, given, "mix"), seconds=seconds)
-
-
-def _chosen(base: Any, given: Any, name: str) -> Any:
-    """``given``, or ``base`` with the fields that the mapping ``given`` names."""
-    if given is None:
-        return base
-    if isinstance(given, Mapping):
-        return from_dict(type(base), {**to_dict(base), **given}, name)
-    return given

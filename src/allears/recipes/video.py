@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from allears.core.config import from_dict, to_dict
+from allears.core.config import overridden, to_dict
 from allears.core.device import matmul_precision, resolve_device
 from allears.core.weights import load_weights, save_weights
 from allears.data.world import Split, WorldSpec, draw_spec, draw_specs
@@ -202,7 +202,7 @@ def train_video(
     if compile and graphs:
         raise ValueError("compile, graphs: both given; choose one")
     config = PRESETS[preset]
-    options = loss if isinstance(loss, FlowLoss) else from_dict(FlowLoss, {**to_dict(FlowLoss()), **loss}, "loss")
+    options = overridden(FlowLoss(), loss, "loss")
     where = resolve_device(device)
     torch.manual_seed(seed)
     net, before = VideoNet(config), None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allears.core.config import from_dict, to_dict
+from allears.core.config import overridden, to_dict
 from allears.core.device import matmul_precision, resolve_device
 from allears.core.weights import find_weights, read_sidecar, save_weights
 from allears.data.world import WorldSpec, draw_specs
@@ -156,7 +156,7 @@ def distil_video(
         raise ValueError(f"corpus: {corpus[0]!r} given, but this world is painted as it is needed; leave it out")
     if not 1 <= sampler_steps <= MOST_FEW_STEPS:
         raise ValueError(f"sampler_steps: {sampler_steps} given; the sampler takes 1 to {MOST_FEW_STEPS}")
-    settings = rcm if isinstance(rcm, RcmSettings) else from_dict(RcmSettings, {**to_dict(VIDEO_RCM), **rcm}, "rcm")
+    settings = overridden(VIDEO_RCM, rcm, "rcm")
     where = resolve_device(device)
     kit = distillation_kit(teacher, batch, device, seed, guidance)
     error = check_tangent(kit, where) if settings.derivative != "finite" else None

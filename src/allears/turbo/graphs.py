@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from allears.core.capture import capture
+
 _WARM_CALLS = 3
 
 
@@ -32,17 +34,8 @@ class Replayed:
             if sample.device.type != "cuda":
                 raise ValueError(f"samples: on {sample.device}; CUDA graphs take tensors on a CUDA device")
         self.inputs = samples
-        self._graph = torch.cuda.CUDAGraph()
-        device = samples[0].device
-        with torch.cuda.device(device), torch.no_grad():
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):  # what is compiled or made at first use is no part of the graph
-                for _ in range(_WARM_CALLS):
-                    module(*samples)
-            torch.cuda.current_stream(device).wait_stream(side)
-            with torch.cuda.graph(self._graph):
-                self._output = module(*samples)
+        with torch.no_grad():
+            self._graph, self._output = capture(lambda: module(*samples), samples[0].device, _WARM_CALLS)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The output for inputs shaped as the samples. The next call overwrites it.
@@ -123,7 +116,7 @@ class GraphedForward:
             for leaf in leaves
         )
         try:
-            key = (str(form), parts, hash(weights), cast, torch.is_inference_mode_enabled())
+            key = (str(form), parts, weights, cast, torch.is_inference_mode_enabled())
             hash(key)
         except TypeError:
             return None
@@ -150,10 +143,8 @@ class _Captured:
     def __init__(self, function: Callable[..., Any], leaves: list[Any], form: Any) -> None:
         self.leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(self.leaves, form)
-        self.graph = torch.cuda.CUDAGraph()
         device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
-        with torch.cuda.device(device), torch.cuda.graph(self.graph):
-            self.output = function(*args, **kwargs)
+        self.graph, self.output = capture(lambda: function(*args, **kwargs), device)
 
     def __call__(self, leaves: list[Any]) -> Any:
         for own, given in zip(self.leaves, leaves, strict=True):

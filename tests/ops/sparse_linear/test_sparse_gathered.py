@@ -22,8 +22,10 @@ def problem(shape, form, keep, seed=0, dtype=torch.float64):
     k, v = (torch.randn(2, l_k, kv_heads, 16, generator=draws, dtype=dtype) + 0.5 for _ in range(2))
     geometry = Geometry(l_q, l_k, 64, 64)
     scores = torch.randn(2, heads, geometry.n_q, geometry.n_k, generator=draws)
-    choose = sla_blocks if form == "sla" else select_top_k
-    blocks = choose(scores, keep, 0.3, geometry=geometry) if form == "sla" else choose(scores, keep, geometry=geometry)
+    if form == "sla":
+        blocks = sla_blocks(scores, keep, 0.3, geometry=geometry)
+    else:
+        blocks = select_top_k(scores, keep, geometry=geometry)
     more = {"options": SparseLinear(form=form, block_q=64)}
     if form == "sla2":
         more["ratio"] = torch.rand(heads, 1, generator=draws, dtype=dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from allears.bench.attention.run import one_line
+from allears.core.capture import capture
 from allears.nn.attention_processors import WanProcessor
 from allears.nn.w8a8 import W8A8Linear
 from allears.ops.attention import attention
@@ -105,9 +106,7 @@ def _run(clock: Clock, call: Callable[[], object], device: torch.device) -> None
         timed()
         return
     clock.external = True
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        timed()
+    graph, _ = capture(timed, device)
     graph.replay()
     torch.cuda.synchronize(device)
 
