@@ -1,6 +1,11 @@
 """Things that several tests share."""
 
+import gc
 import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +25,61 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+SETTINGS = {  # of a whole process or of its main thread, and what sets them
+    "num_threads": (torch.get_num_threads, torch.set_num_threads),
+    "float32_matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "deterministic_algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    "grad_enabled": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "autocast_enabled": (
+        lambda: torch.is_autocast_enabled("cpu"),
+        lambda enabled: torch.set_autocast_enabled("cpu", enabled),
+    ),
+    "flush_denormal": (lambda: float(torch.tensor(1e-40) * 1) == 0.0, torch.set_flush_denormal),
+}
+
+
+@contextmanager
+def settings_left_alone() -> Iterator[None]:
+    """What is set in the block and not put back makes other tests' numbers depend on which ran before them."""
+    before = {name: get() for name, (get, _) in SETTINGS.items()}
+    yield
+    changed = {name: after for name, (get, _) in SETTINGS.items() if (after := get()) != before[name]}
+    for name in changed:
+        SETTINGS[name][1](before[name])
+    assert not changed, f"torch's settings {changed} were left behind; they were { {n: before[n] for n in changed} }"
+
+
+def threads_left(before: set[threading.Thread], patience_s: float) -> list[str]:
+    """Names of the threads beyond those of ``before`` that go on after ``patience_s``; that of tqdm, which watches all
+    progress bars of a process from the first on, is not among them."""
+    end = time.monotonic() + patience_s
+    while left := [t.name for t in threading.enumerate() if t not in before and t.name != "tqdm_monitor"]:
+        gc.collect()  # a pool ends its threads when nobody holds it any more
+        if time.monotonic() > end:
+            break
+        time.sleep(0.01)
+    return left
+
+
+@pytest.fixture(autouse=True)
+def leaves_settings_alone() -> Iterator[None]:
+    with settings_left_alone():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def module_leaves_no_trace() -> Iterator[None]:
+    """No settings and no threads. A thread of an earlier module draws from Python's ``random`` (the pings of a
+    websocket that was not closed), prints, or takes the processor, while a later test needs them for itself.
+    """
+    before = set(threading.enumerate())
+    with settings_left_alone():
+        yield
+    left = threads_left(before, patience_s=5.0)
+    assert not left, f"threads {left} go on after the tests of this file: close what started them"
 
 
 def voice_like(rng: np.random.Generator, seconds: float, pitch_hz: float) -> np.ndarray:

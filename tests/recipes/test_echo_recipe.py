@@ -23,12 +23,6 @@ from allears.train.ahead import Ahead
 SHORT = stage_mix(TRAIN_MIX, Stage("short", 1.0, 64.0, 0.5), 0)
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """Drawing them takes longer than all else here."""
-    monkeypatch.setattr("allears.train.loop.draw_curves", lambda out: None)
-
-
 def test_recipe_trains_all_stages_saves_and_loads(tmp_path):
     corpus, out = write_corpus(tmp_path / "corpus"), tmp_path / "run"
     result = RECIPES["echo"]([corpus], str(out), steps=5, rirs=0, mix={"noisy": 0.5}, **SMALL)

@@ -104,15 +104,20 @@ def test_a_study_out_of_time_leaves_arms_for_the_next_call(data, tmp_path, monke
     assert real() > 0
 
 
-def test_an_arm_over_time_is_stopped_and_gone_on_with(data, tmp_path):
+def test_an_arm_over_time_is_stopped_and_gone_on_with(data, tmp_path, monkeypatch):
+    """The clock of the study goes on by a second whenever it is looked at: at each of the sixteen steps, too."""
     arms = [Arm("exact")]
     stopped = run_study("", str(tmp_path / "a"), minutes=1e-9, arms=arms, data=data, **SMALL)
     row = stopped["arms"][arms[0].name]
     assert row["status"] == "left"  # no time to begin
     settings = {**SMALL, "token_budget": 1024}
     whole = run_study("", str(tmp_path / "whole"), arms=arms, data=data, **settings)
-    cut = run_study("", str(tmp_path / "cut"), minutes=1e-3, arms=arms, data=data, **settings)
-    assert cut["arms"][arms[0].name]["status"] == "stopped"
+    with monkeypatch.context() as patch:
+        clock = iter(range(1000))
+        patch.setattr("allears.recipes.pretrain_study.time", type("T", (), {"monotonic": lambda: next(clock)}))
+        cut = run_study("", str(tmp_path / "cut"), minutes=0.15, arms=arms, data=data, **settings)
+    row = cut["arms"][arms[0].name]
+    assert row["status"] == "stopped" and 3 < row["steps"] < 12
     rest = run_study("", str(tmp_path / "cut"), arms=arms, data=data, **settings)
     assert rest["arms"][arms[0].name]["metrics"] == whole["arms"][arms[0].name]["metrics"]
     assert rest["arms"][arms[0].name]["status"] == "done"

@@ -22,12 +22,6 @@ from allears.recipes.rcm_objective import RcmObjective, StudentAndCritic
 TINY = {"batch": 2, "seconds": 0.25, "rirs": 0, "device": "cpu", "validation_clips": 1}
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """The pictures of a run cost more than all else here."""
-    monkeypatch.setattr("allears.train.loop.draw_curves", lambda out: None)
-
-
 @pytest.fixture(scope="module")
 def data(small_corpus):
     whole = load_data([str(small_corpus)], torch.device("cpu"), rirs=0, validation_clips=1)

@@ -101,7 +101,9 @@ def browser(microphone: Path | None = None, *flags: str):
         environment = {**os.environ, "HOME": folder}
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
         try:
-            socket = connect(_address(Path(folder), process), max_size=None, compression=None, open_timeout=15)
+            socket = connect(
+                _address(Path(folder), process), max_size=None, compression=None, open_timeout=15, ping_interval=None
+            )
             with socket:
                 yield Tab(socket)
         finally:

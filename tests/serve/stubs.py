@@ -94,7 +94,7 @@ def get(address, path):
 
 
 class DeafClient:
-    """Sends frames, and never takes what comes back."""
+    """Sends frames, and never takes what comes back; no thread is at its socket, which may go in any way."""
 
     def __init__(self, address):
         host, port = address.split(":")
@@ -115,9 +115,10 @@ class Client:
     """One stream of an orderly client."""
 
     def __init__(self, address, rate=RATE, path="v1/echo", **options):
-        self.socket = connect(
-            f"ws://{address}/{path}?sample_rate_hz={rate}", compression=None, close_timeout=2, max_size=None, **options
-        )
+        asked = f"ws://{address}/{path}?sample_rate_hz={rate}"
+        # Without pings, whose numbers a thread draws from Python's ``random``, which is everybody's.
+        options = {"compression": None, "close_timeout": 2, "max_size": None, "ping_interval": None, **options}
+        self.socket = connect(asked, **options)
         self.sequence, self.near, self.replies, self.told, self.code = 0, [], [], {}, None
 
     def __enter__(self):

@@ -116,17 +116,17 @@ def test_a_message_too_large_is_not_read_to_its_end(address, beside):
 def test_a_client_that_vanishes(address, hall, beside):
     """Without a closing frame: cut in the middle of a frame, and with a reset."""
     for reset in (False, True):
-        client = Client(address).begin()
-        client.send(noise(320), noise(320))
+        client = DeafClient(address)
+        client.send(encode(0, noise(320), noise(320)))
         wait_for(lambda: hall.running == 2)
-        raw = client.socket.socket
         if reset:
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.socket.close()
         else:
-            raw.sendall(b"\x82\xfe\x10\x00half a frame")
-        raw.shutdown(socket.SHUT_RDWR) if not reset else None
-        raw.close()
+            client.socket.sendall(b"\x82\xfe\x10\x00half a frame")
+            client.socket.shutdown(socket.SHUT_RDWR)
         wait_for(lambda: hall.running == 1)
+        client.socket.close()
 
 
 def test_a_client_that_takes_nothing_is_cut_off():

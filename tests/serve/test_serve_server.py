@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from tests.serve.stubs import HOP, NONE, RATE, Client, Subtract, get, make_hall, running, wait_for
+from tests.serve.stubs import HOP, NONE, RATE, Client, DeafClient, Subtract, get, make_hall, running, wait_for
 from websockets.exceptions import ConnectionClosed
 
 from allears.serve.limits import Limits
@@ -267,15 +267,20 @@ def test_many_sessions_leave_nothing_behind():
     hall, before = make_hall(most=2), alive()
     with running(hall) as address:
         for index in range(40):
+            how = index % 5
+            if how == 2:  # gone without a word
+                client = DeafClient(address)
+                client.send(encode(0, noise(64), noise(64)))
+                wait_for(lambda: hall.running == 1)
+                client.socket.close()
+                wait_for(lambda: hall.running == 0)
+                continue
             client = Client(address)
             client.send(noise(64), noise(64))
-            how = index % 5
             if how == 0:
                 client.finish()
             elif how == 1:
                 client.socket.close()
-            elif how == 2:
-                client.socket.socket.close()  # gone without a word
             elif how == 3:
                 client.socket.send(b"nonsense")
                 client.drain()
