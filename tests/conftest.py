@@ -78,7 +78,7 @@ def module_leaves_no_trace() -> Iterator[None]:
     before = set(threading.enumerate())
     with settings_left_alone():
         yield
-    left = threads_left(before, patience_s=5.0)
+    left = threads_left(before, patience_s=20.0)
     assert not left, f"threads {left} go on after the tests of this file: close what started them"
 
 
