@@ -22,6 +22,16 @@ def input() -> Cancel:
     return lambda clips: [Cancelled(clip.truth.mic) for clip in clips]
 
 
+@system("echo", about="the near end itself, direct sound and 50 ms of reflections: what a perfect canceller would give")
+def truth() -> Cancel:
+    return lambda clips: [Cancelled(clip.truth.near) for clip in clips]
+
+
+@system("echo", about="the near end itself with all of its room, without its noise")
+def truth_reverberant() -> Cancel:
+    return lambda clips: [Cancelled(clip.truth.near_reverberant) for clip in clips]
+
+
 @system("echo", about="allears.audio.kalman, a linear filter of 320 ms; the reference comes with the true delay")
 def kalman_oracle() -> Cancel:
     from allears.audio.kalman import KalmanEchoFilter, aligned
