@@ -3,7 +3,6 @@
 Shapes: M sequences, L rows, D channels, C hidden channels, K taps.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allears.models.separate.config import LocoformerSize, SeparateConfig
@@ -12,14 +11,15 @@ from allears.nn.linear_attention import FocusedLinearAttention, GatedLinearAtten
 from allears.nn.norms import RMSGroupNorm
 from allears.ops.attention import AttentionSpec
 from allears.ops.attention.linear.options import LinearOptions
+from allears.ops.conv_glu import conv_swiglu, runs_kernel
+from allears.ops.conv_glu.reference import conv_swiglu_branch
 
 
 class ConvSwiGlu(nn.Module):
     """Feed-forward with a neighbourhood: convolution of K taps to 2 C, the first half times SiLU of the second,
     transposed convolution back. x (M, L, D) to the same.
 
-    Row l sees rows l - K + 1 to l + K - 1. The convolutions are 2-D over a height of 1: their channels-last layout is x
-    as it lies.
+    Row l sees rows l - K + 1 to l + K - 1.
     """
 
     def __init__(self, channels: int, hidden: int, kernel: int) -> None:
@@ -29,11 +29,12 @@ class ConvSwiGlu(nn.Module):
         self.narrow = nn.ConvTranspose1d(hidden, channels, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        after = self.widen.kernel_size[0] - 1 - self.before
-        padded = F.pad(x, (0, 0, self.before, after)).transpose(1, 2).unsqueeze(2)
-        value, gate = F.conv2d(padded, self.widen.weight.unsqueeze(2), self.widen.bias).chunk(2, dim=1)
-        y = F.conv_transpose2d(value * F.silu(gate), self.narrow.weight.unsqueeze(2), self.narrow.bias)
-        return y[:, :, 0, self.before : self.before + x.shape[1]].transpose(1, 2)
+        return conv_swiglu_branch(x, *self.weights(), self.before)
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias of the first convolution, then of the second."""
+        assert self.widen.bias is not None and self.narrow.bias is not None
+        return self.widen.weight, self.widen.bias, self.narrow.weight, self.narrow.bias
 
 
 class LinearAttentionBranch(nn.Module):
@@ -85,11 +86,23 @@ class MacaronLayer(nn.Module):
         assert config.locoformer is not None
         size = config.locoformer
         self.width = max(4 * size.hidden, 3 * size.channels)
+        self.fused = config.attention != "published"
         self.norms = nn.ModuleList([RMSGroupNorm(size.channels, size.groups) for _ in range(2)])
         self.feeds = nn.ModuleList([ConvSwiGlu(size.channels, size.hidden, size.kernel) for _ in range(2)])
         self.attention = (LinearAttentionBranch if linear else SoftmaxAttentionBranch)(config, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.feeds[0](self.norms[0](x))
+        x = self._feed(0, x)
         x = self.attention(x)
-        return x + self.feeds[1](self.norms[1](x))
+        return self._feed(1, x)
+
+    def _feed(self, which: int, x: Tensor) -> Tensor:
+        """A feed-forward with its norm and residual: one operator where it has kernels, which takes the norm's gain as
+        a part of the first weight. The published form, which others are measured against, has none."""
+        norm, feed = self.norms[which], self.feeds[which]
+        assert isinstance(norm, RMSGroupNorm) and isinstance(feed, ConvSwiGlu)
+        weights = feed.weights()
+        if not self.fused or not runs_kernel(x, *weights, groups=norm.groups):
+            return x + feed(norm(x))
+        gained = weights[0] * norm.weight[:, None]
+        return conv_swiglu(x, gained, *weights[1:], groups=norm.groups, eps=norm.eps, before=feed.before)
