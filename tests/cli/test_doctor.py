@@ -34,7 +34,8 @@ def test_text_has_every_section(capsys):
     lines = capsys.readouterr().out.splitlines()
     for section in ("machine", "audio files", "extras", "attention kernels", "models"):
         assert section in lines
-    assert any(line.startswith("attention by numerics (") for line in lines)
+    for section in ("attention by numerics (", "sparse and linear attention ("):
+        assert any(line.startswith(section) for line in lines)
 
 
 def test_extras_are_those_of_the_project():
@@ -151,3 +152,44 @@ def test_numerics_of_a_broken_attention_room_are_shown_not_raised(monkeypatch):
     (row,) = kernels.numerics_report()
     assert row["training"]["kernel"] is None and "Numerics" in row["training"]["refused"]["all"]
     assert any("Numerics" in line for line in kernels.numerics_text([row]))
+
+
+def test_numerics_that_train_by_their_reference_alone_are_told_how():
+    rows = {row["numerics"]: row for row in kernels.numerics_report()}
+    for kind, kernel in (("int8_fp8", "reference"), ("nvfp4", "reference"), ("int8_fp16", None)):
+        assert rows[kind]["training"]["kernel"] is None
+        assert rows[kind]["training"].get("with_backward") == kernel
+    assert "with_backward" not in rows["exact"]["training"]
+    lines = [line.strip() for line in kernels.numerics_text([rows["nvfp4"]])]
+    assert lines[-1] == "with lowbit=LowBit(backward='drop_in') or 'matched': reference"
+
+
+def test_sparse_and_linear_attention_get_what_explain_says():
+    from allears.ops.attention import AttentionSpec, Sparsity, explain
+    from allears.ops.attention.linear.call import explain_linear
+    from allears.ops.attention.sparse_linear import SparseLinear, explain_sparse_linear, select_top_k
+    from allears.ops.attention.sparse_linear.blocks import Geometry
+
+    rows = {row["family"]: row for row in kernels.families_report()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q = torch.zeros(1, 256, 2, 128, dtype=torch.bfloat16, device=device)
+    blocks = select_top_k(torch.zeros(1, 2, 2, 4, device=device), 0.5, geometry=Geometry(256, 256, 128, 64, False))
+    for precision in ("exact", "int8_fp8"):
+        how = SparseLinear(precision=precision)
+        wanted = explain_sparse_linear(q, q, q, blocks, torch.full((2, 1), 0.5, device=device), how)
+        found = rows[f"sparse-linear, {precision}"]["inference"]
+        assert (found["kernel"], found["refused"]) == (wanted.kernel, wanted.refused)
+        wanted = explain(q, q, q, AttentionSpec(numerics=precision, sparse=Sparsity(keep=0.5)))
+        assert rows[f"sparse, no training, {precision}"]["inference"]["kernel"] == wanted.kernel
+    assert rows["sparse, no training, int8_fp8"]["training"]["kernel"] is None
+    assert rows["sparse-linear, exact"]["training"]["kernel"]
+    assert rows["linear"]["inference"]["kernel"] == explain_linear(q, q, q).kernel
+
+
+def test_families_of_a_broken_room_are_shown_not_raised(monkeypatch):
+    import allears.ops.attention.linear.call as linear
+
+    monkeypatch.delattr(linear, "explain_linear")
+    (row,) = kernels.families_report()
+    assert row["inference"]["kernel"] is None and "explain_linear" in row["inference"]["refused"]["all"]
+    assert any("explain_linear" in line for line in kernels.numerics_text([row], "family"))

@@ -246,6 +246,29 @@ def test_keep_out_of_range_and_masks_are_refused():
         SparseLinearAttention(2, 8)(*inputs(length_q=70), torch.ones(70, 70, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("stage", ["soft", "hard"])
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"q": (1, 70, 3, 8)}, r"q: shape \(1, 70, 3, 8\) given; this layer was built for \(B, L, 4, 8\)"),
+        ({"q": (1, 70, 4, 16)}, r"q: shape \(1, 70, 4, 16\) given"),
+        (
+            {"k": (1, 70, 4, 8)},
+            r"k: shape \(1, 70, 4, 8\) given; this layer was built for \(B, L, 2, 8\): build it with",
+        ),
+        ({"v": (1, 70, 2, 9)}, r"v: shape \(1, 70, 2, 9\) given"),
+        ({"q": (70, 4, 8)}, r"q: shape \(70, 4, 8\) given"),
+        ({"v": (1, 60, 2, 8)}, r"v: shape \(1, 60, 2, 8\) differs from k's"),
+    ],
+)
+def test_other_heads_are_named(shapes, words, stage):
+    core = SparseLinearAttention(4, 8, options=B64, kv_heads=2)
+    core.set_stage(stage)
+    given = {"q": (1, 70, 4, 8), "k": (1, 70, 2, 8), "v": (1, 70, 2, 8), **shapes}
+    with pytest.raises(ValueError, match=words):
+        core(*(torch.ones(*shape) for shape in given.values()))
+
+
 def test_layers_take_it_as_their_core():
     torch.manual_seed(0)
     x, context = torch.randn(2, 200, 16), torch.randn(2, 130, 16)

@@ -11,9 +11,10 @@ from allears.core.weights import save_weights
 from allears.nn.attention import SelfAttention
 from allears.nn.sparse_linear_attention import SparseLinearAttention
 from allears.ops.attention.sparse_linear import SparseLinear
+from allears.recipes import RECIPES
 from allears.recipes.enhance_data import load_data
 from allears.recipes.sparse_tune import MatchDense, load_tuned, tune_enhancer, tune_sparse
-from allears.train import TrainConfig
+from allears.train import TrainConfig, TrainResult
 from allears.train.logs import read_log
 from allears.turbo.sparse import SparseSettings, apply, sparsify
 
@@ -91,6 +92,35 @@ def test_the_error_against_the_dense_model_is_that_of_the_definition(toy):
         assert float(loss) == pytest.approx(float((found - wanted).square().sum() / wanted.square().sum()))
         assert objective.validate(other)["rel_err"] == pytest.approx(float(loss) ** 0.5, rel=1e-5)
         assert objective.validate(model)["rel_err"] == 0
+
+
+def test_the_recipe_is_reached_by_its_name_and_takes_no_preset(monkeypatch, tmp_path):
+    from allears.cli.main import main
+
+    assert RECIPES["sparse-tune"] is tune_enhancer
+    with pytest.raises(ValueError, match="preset: 'test' given; the tuned model has the size of the dense one"):
+        tune_enhancer([], str(tmp_path), preset="test", start="dense", sparse="fitted")
+    asked = {}
+    done = TrainResult(step=7, elapsed_s=1.0, stop="steps", metrics={}, weights=tmp_path, skipped=0)
+    monkeypatch.setattr("allears.recipes.sparse_tune.tune_enhancer", lambda **given: asked.update(given) or done)
+    line = [
+        "train",
+        "sparse-tune",
+        "--corpus",
+        "c",
+        "--out",
+        "o",
+        "--set",
+        "start=runs/mine",
+        "sparse=runs/mine-sparse",
+    ]
+    assert main(line) == 0
+    assert (asked["start"], asked["sparse"], asked["corpus"], asked["out"]) == (
+        "runs/mine",
+        "runs/mine-sparse",
+        ["c"],
+        "o",
+    )
 
 
 def test_a_run_of_other_blocks_is_refused_and_the_model_left_dense(toy, tmp_path):

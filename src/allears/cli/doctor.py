@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from allears import __version__
-from allears.cli.kernels import PROBE, numerics_report, numerics_text
+from allears.cli.kernels import PROBE, families_report, numerics_report, numerics_text
 
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train": ("training recipes: curves, room simulation", ("tensorboard", "matplotlib", "pyroomacoustics")),
@@ -58,6 +58,7 @@ def examine() -> dict[str, Any]:
         "extras": extras(),
         "attention": attention_backends(),
         "numerics": numerics_report(),
+        "families": families_report(),
         "models": models(),
     }
 
@@ -205,6 +206,8 @@ def to_text(report: dict[str, Any]) -> str:
         lines.append(f"  {_mark(kernel['available'])} {kernel['name']}{why}")
     numerics = report["numerics"]
     lines += ["", f"attention by numerics ({numerics[0]['device']}, {PROBE})", *numerics_text(numerics)]
+    families = report["families"]
+    lines += ["", f"sparse and linear attention ({families[0]['device']}, {PROBE})", *numerics_text(families, "family")]
     lines += ["", "models"]
     for model in report["models"]:
         good = f"{(model['parameters'] or 0) / 1e6:.2f} M parameters, {model['mib']} MiB, weights verified"

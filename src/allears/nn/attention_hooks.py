@@ -3,7 +3,9 @@
 Shapes: B batch, L_q queries, L_k keys, H query heads, G key/value heads, D head size.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from allears.core.errors import require
-from allears.nn.attention_processors import Attend, make_processors
+from allears.nn.attention_processors import CROSS_STAYS_DENSE, Attend, is_cross, make_processors, spec_of_layer
 from allears.ops.attention import AttentionSpec, attention
 
 _registered: dict[tuple[AttentionSpec, Attend | None], str] = {}
@@ -22,12 +24,20 @@ _UNSUPPORTED = {
     "head_mask": "a mask over heads",
 }
 
+_CROSS_CLASS = re.compile(r"Cross\w*Attention$")
+_CROSS_NAME = re.compile(r"cross_?att|encoder_att|encdec", re.IGNORECASE)
+_CROSS_MARK = "_allears_cross"
+
 
 class AttentionHandle:
-    """What :func:`use_attention` gives back: ``undo()`` restores the model, and so does leaving a ``with`` block."""
+    """What :func:`use_attention` gives back: ``undo()`` restores the model, and so does leaving a ``with`` block.
 
-    def __init__(self, restore: Callable[[], None]) -> None:
+    ``stays_dense`` says of a sparse spec which layers, by name, it does not reach, and why.
+    """
+
+    def __init__(self, restore: Callable[[], None], stays_dense: Mapping[str, str] | None = None) -> None:
         self._restore: Callable[[], None] | None = restore
+        self.stays_dense = dict(stays_dense or {})
 
     def undo(self) -> None:
         """Give the model its own attention back. The second call does nothing."""
@@ -53,7 +63,9 @@ def use_attention(model: nn.Module, spec: AttentionSpec | None = None, attend: A
 
     Args:
         model: a ``transformers`` or ``diffusers`` model (of a pipeline: ``pipe.transformer`` or ``pipe.unet``).
-        spec: which attention. ``causal`` and ``scale`` are the model's own and must be left as they are.
+        spec: which attention. ``causal`` and ``scale`` are the model's own and must be left as they are. With
+            ``sparse``, cross-attention stays dense and exact, since its keys are few: ``stays_dense`` of the handle
+            lists it. (In ``transformers`` it is known by the names of module and class.)
         attend: runs in place of :func:`attention`, and is told which layer asks.
 
     Raises:
@@ -83,13 +95,24 @@ def _hook_diffusers(layers: dict[str, Any], spec: AttentionSpec, attend: Attend 
             layer.set_processor(processors[name])
 
     install(after)
-    return AttentionHandle(lambda: install(before))
+    cross = [name for name, layer in layers.items() if spec.sparse is not None and is_cross(layer)]
+    return AttentionHandle(lambda: install(before), dict.fromkeys(cross, CROSS_STAYS_DENSE))
 
 
 def _hook_transformers(model: Any, spec: AttentionSpec, attend: Attend | None) -> AttentionHandle:
     name = _register(spec, attend)
     before = _implementations(model.config)
-    handle = AttentionHandle(lambda: model.set_attn_implementation(before))
+    cross = _cross_layers(model) if spec.sparse is not None else {}
+    marked = [part for layer in cross.values() for part in layer.modules() if not hasattr(part, _CROSS_MARK)]
+
+    def restore() -> None:
+        model.set_attn_implementation(before)
+        for part in marked:
+            delattr(part, _CROSS_MARK)
+
+    handle = AttentionHandle(restore, dict.fromkeys(cross, CROSS_STAYS_DENSE))
+    for part in marked:
+        setattr(part, _CROSS_MARK, True)
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
         handle.undo()
@@ -98,6 +121,20 @@ def _hook_transformers(model: Any, spec: AttentionSpec, attend: Attend | None) -
             f"transformers' AttentionInterface"
         )
     return handle
+
+
+def _cross_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers that look at a context, with all that is in them: the outermost that a name, a class or they say it of."""
+    found: dict[str, nn.Module] = {}
+    for name, part in model.named_modules():
+        if not any(name.startswith(f"{outer}.") for outer in found) and _is_cross(name, part):
+            found[name] = part
+    return found
+
+
+def _is_cross(name: str, part: nn.Module) -> bool:
+    own = name.rpartition(".")[2] if any(part.children()) else ""  # not the norm that stands beside it
+    return bool(_CROSS_CLASS.search(type(part).__name__) or _CROSS_NAME.search(own) or is_cross(part))
 
 
 def _implementations(config: Any) -> str | dict[str, Any]:
@@ -131,8 +168,6 @@ def _make_mask(sdpa_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor 
 
 
 def _make_function(spec: AttentionSpec, other: Attend | None) -> Callable[..., tuple[Tensor, None]]:
-    kernel, numerics, lowbit = spec.kernel, spec.numerics, spec.lowbit
-
     def attend(
         module: nn.Module,
         query: Tensor,
@@ -162,7 +197,7 @@ def _make_function(spec: AttentionSpec, other: Attend | None) -> Callable[..., t
             )
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         mask = _add_bias(attention_mask, position_bias)
-        chosen = AttentionSpec(kernel, causal, scaling, numerics, lowbit)
+        chosen = replace(spec_of_layer(spec, hasattr(module, _CROSS_MARK)), causal=causal, scale=scaling)
         y = attention(q, k, v, chosen, mask) if other is None else other(module, q, k, v, chosen, mask)
         return y.contiguous(), None
 

@@ -6,6 +6,7 @@ Shapes: B batch, L positions, M positions of the context, C channels, H heads, D
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from allears.ops.attention import AttentionSpec, attention
 
 Attend = Callable[[Any, Tensor, Tensor, Tensor, AttentionSpec, Tensor | None], Tensor]
 """(layer, q, k, v, spec, mask) to the output, in place of :func:`attention`; the layer is a module of the model."""
+
+CROSS_STAYS_DENSE = "cross-attention: few keys; dense, on the exact kernels of this library"
+"""Why a layer that looks at a context does not become sparse, in hooks and in plans of ``allears.turbo``."""
 
 
 class StandardProcessor:
@@ -47,7 +51,8 @@ class StandardProcessor:
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, k.shape[1], q.shape[0])
             attention_mask = attention_mask.unflatten(0, (q.shape[0], attn.heads))
-        y = _run(self.attend, attn, q, k, v, _scaled(self.spec, attn.scale), attention_mask).flatten(2).to(q.dtype)
+        spec = replace(spec_of_layer(self.spec, _crosses(attn, encoder_hidden_states)), causal=False, scale=attn.scale)
+        y = _run(self.attend, attn, q, k, v, spec, attention_mask).flatten(2).to(q.dtype)
         y = _leave(attn.to_out, y)
         y = y if image is None else y.transpose(1, 2).unflatten(2, image)
         y = y + given if attn.residual_connection else y
@@ -82,14 +87,15 @@ class WanProcessor:
         q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))
         if rotary_emb is not None:
             q, k = _rotate_pairs(q, *rotary_emb), _rotate_pairs(k, *rotary_emb)
-        y = _run(self.attend, attn, q, k, v, self.spec, attention_mask).flatten(2).to(q.dtype)
+        spec = spec_of_layer(self.spec, _crosses(attn, encoder_hidden_states))
+        y = _run(self.attend, attn, q, k, v, spec, attention_mask).flatten(2).to(q.dtype)
         if picture is not None:
             if attn.fused_projections:
                 k, v = attn.to_added_kv(picture).chunk(2, dim=-1)
             else:
                 k, v = attn.add_k_proj(picture), attn.add_v_proj(picture)
             k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (attn.norm_added_k(k), v))
-            y = y + attention(q, k, v, self.spec).flatten(2).to(q.dtype)
+            y = y + attention(q, k, v, spec).flatten(2).to(q.dtype)
         return _leave(attn.to_out, y)
 
 
@@ -126,8 +132,20 @@ def _run(
     return attention(q, k, v, spec, mask) if attend is None else attend(attn, q, k, v, spec, mask)
 
 
-def _scaled(spec: AttentionSpec, scale: float) -> AttentionSpec:
-    return AttentionSpec(spec.kernel, False, scale, spec.numerics, spec.lowbit)
+def spec_of_layer(spec: AttentionSpec, cross: bool) -> AttentionSpec:
+    """The same, but for cross-attention under a sparse spec: that stays dense and exact, with any kernel."""
+    if spec.sparse is None or not cross:
+        return spec
+    return replace(spec, kernel="auto", numerics="exact", sparse=None)
+
+
+def is_cross(layer: Any) -> bool:
+    """Whether a layer of ``diffusers`` looks at a context, as far as it says so itself."""
+    return bool(getattr(layer, "is_cross_attention", False))
+
+
+def _crosses(layer: Any, context: Tensor | None) -> bool:
+    return context is not None or is_cross(layer)
 
 
 def _by_head(norm: Any, x: Tensor) -> Tensor:

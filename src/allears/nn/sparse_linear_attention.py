@@ -22,13 +22,8 @@ from allears.ops.attention import AttentionSpec, attention
 from allears.ops.attention.sparse_linear import SparseLinear, Statistics, fused_statistics, sparse_linear_attention
 from allears.ops.attention.sparse_linear.blocks import Blocks, Geometry
 from allears.ops.attention.sparse_linear.call import attend_measured
-from allears.ops.attention.sparse_linear.routers import (
-    best_blocks,
-    pool_blocks,
-    pools,
-    select_top_k,
-    sla_blocks,
-)
+from allears.ops.attention.sparse_linear.inputs import check_heads
+from allears.ops.attention.sparse_linear.routers import best_blocks, pool_blocks, pools, select_top_k, sla_blocks
 from allears.ops.attention.sparse_linear.scores import projected_scores
 from allears.ops.attention.sparse_linear.soft_reference import soft_map, soft_sparse_linear
 
@@ -173,10 +168,11 @@ class SparseLinearAttention(nn.Module):
         time of L_q * L_k: give it some blocks of queries at a time.
 
         Raises:
-            ValueError: a mask is given; or what :func:`sparse_linear_attention` refuses.
+            ValueError: a mask or other heads are given; or what :func:`sparse_linear_attention` refuses.
         """
         if mask is not None:
             raise ValueError("mask: given, but sparse-linear attention takes none; leave this layer dense")
+        check_heads((q, k, v), self.heads, self.kv_heads, self.head_dim)
         if self.stage == "soft" and self.router is not None:
             return self._attend_softly(q, k, v)
         trains = self.ratio is not None and self.ratio.trains

@@ -13,6 +13,7 @@ _ENTRIES = {
     "pretrain": "allears.recipes.pretrain:train_language",
     "rcm": "allears.recipes.rcm:distil_enhancer",
     "separate": "allears.recipes.separate:train_separate",
+    "sparse-tune": "allears.recipes.sparse_tune:tune_enhancer",
     "video": "allears.recipes.video:train_video",
     "video-rcm": "allears.recipes.video_distil:distil_video",
 }

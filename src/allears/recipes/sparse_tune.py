@@ -140,6 +140,7 @@ def tune_enhancer(
     minutes: float | None = None,
     steps: int | None = None,
     device: str = "auto",
+    preset: str | None = None,
     seed: int = 0,
     *,
     start: str,
@@ -158,6 +159,7 @@ def tune_enhancer(
 
     Args:
         corpus: folders made by ``allears data prepare`` or ``allears data pack``.
+        preset: must be left out: the size is that of ``start``.
         start: the dense weights, a path stem.
         sparse: what :func:`allears.turbo.sparse.sparsify` made of them, a path stem.
         precision, backward: see :func:`tune_sparse`.
@@ -165,8 +167,11 @@ def tune_enhancer(
         rirs, validation_clips, rooms_folder, data: see :func:`allears.recipes.enhance.train_enhance`.
 
     Raises:
+        ValueError: a preset is given.
         WeightsError: a file is missing, corrupt, or does not fit.
     """
+    if preset is not None:
+        raise ValueError(f"preset: {preset!r} given; the tuned model has the size of the dense one, so choose by start")
     where = resolve_device(device)
     tensors, origin = load_weights(start)
     config = from_dict(EnhanceConfig, origin["config"], "config")

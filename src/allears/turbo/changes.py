@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from allears.nn.attention_hooks import use_attention
-from allears.nn.attention_processors import WanProcessor, make_processors
+from allears.nn.attention_processors import CROSS_STAYS_DENSE, WanProcessor, make_processors
 from allears.nn.sparse_linear_attention import SparseLinearAttention
 from allears.ops.attention import AttentionSpec
 from allears.turbo.linear import Linears
@@ -71,8 +71,7 @@ class AttentionChange:
             elif name in self.cores:
                 yield Item(self.part, name, "attention", kind, describe(self.cores[name]))
             elif name.endswith("attn2"):
-                reason = "cross-attention: few keys; dense, on the exact kernels of this library"
-                yield Item(self.part, name, "attention", kind, None, reason)
+                yield Item(self.part, name, "attention", kind, None, CROSS_STAYS_DENSE)
             else:
                 reason = "named in skip" if self.spec.skips(name) else "its fit left it dense"
                 yield Item(self.part, name, "attention", kind, None, reason)

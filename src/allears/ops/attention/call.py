@@ -47,6 +47,7 @@ class Facts(NamedTuple):
         lse: the log-sum-exp is asked for.
         grad: gradients of q, k or v are asked for.
         tracing: torch.compile traces the call.
+        func: the gradients are asked for by a transform of ``torch.func``, for which torch has none of our operators'.
     """
 
     device: str
@@ -63,6 +64,7 @@ class Facts(NamedTuple):
     lse: bool
     grad: bool
     tracing: bool
+    func: bool = False
 
 
 @constant_in_graphs
@@ -73,6 +75,7 @@ def _capability(index: int) -> tuple[int, int]:
 def gather_facts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, packed: bool, lse: bool) -> Facts:
     """The facts of a checked call; see :func:`check_tensors` for the shapes."""
     of_q, of_k, device, grad = q.shape, k.shape, q.device, torch.is_grad_enabled()
+    func = grad and func_differentiates(q, k, v)
     queries, keys = of_q[-3], of_k[-3]
     kind: Literal["none", "bool", "float", "learned"] = "none"
     if mask is not None:
@@ -90,13 +93,39 @@ def gather_facts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: b
         empty=queries == 0 or keys == 0 or of_q[0] == 0,
         packed=packed,
         lse=lse,
-        grad=grad and (q.requires_grad or k.requires_grad or v.requires_grad),
+        grad=func or (grad and (q.requires_grad or k.requires_grad or v.requires_grad)),
         tracing=torch.compiler.is_compiling(),
+        func=func,
     )
 
 
+def func_differentiates(*tensors: Tensor) -> bool:
+    """Whether ``torch.func`` (grad, vjp, jacrev) asks for the gradient of one, at whatever depth of its transforms."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    layers = torch._C._functorch
+    for x in tensors:
+        while layers.is_functorch_wrapped_tensor(x):
+            if layers.is_gradtrackingtensor(x) and x.requires_grad:
+                return True
+            x = layers.get_unwrapped(x)
+    return False
+
+
+def lacks_func(facts: Facts) -> str:
+    """What a kernel says whose operator is of our own where ``torch.func`` differentiates, or ``""``."""
+    if facts.func:
+        return "torch.func has no gradient of its operator; use backward() or torch.autograd.grad"
+    return ""
+
+
 def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under ``torch.autocast``, q, k and v in its dtype as torch's own attention does (float64 stays)."""
+    """Under ``torch.autocast``, q, k and v in its dtype as torch's own attention does (float64 stays).
+
+    Raises:
+        ValueError: one of them is no tensor, or has no values.
+    """
+    check_values(q, k, v)
     device = q.device.type
     if not torch.is_autocast_enabled(device):
         return q, k, v
@@ -104,6 +133,21 @@ def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     narrow = (torch.float16, torch.bfloat16, torch.float32)
     q, k, v = (x.to(dtype) if x.dtype in narrow else x for x in (q, k, v))
     return q, k, v
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Raise ValueError unless ``x`` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: {type(x).__name__} given; it must be a torch.Tensor: use torch.as_tensor")
+
+
+def check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q, k and v are tensors, and q is on a device that holds values."""
+    check_tensor("q", q)
+    check_tensor("k", k)
+    check_tensor("v", v)
+    if q.is_meta:
+        raise ValueError("q: on the device 'meta' given, which holds no values; move q, k and v to a CPU or a GPU")
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, packed: bool) -> None:
@@ -136,6 +180,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, packed: 
 
 
 def _check_mask(q: Tensor, k: Tensor, mask: Tensor, packed: bool) -> None:
+    check_tensor("mask", mask)
     if packed:
         raise ValueError("mask: packed sequences (cu_seqlens) take none; use causal, or pad to (B, L, H, D)")
     if mask.dtype != torch.bool and not mask.is_floating_point():
@@ -170,6 +215,8 @@ def check_packing(
         return None
     if cu_seqlens_q is None or cu_seqlens_k is None:
         raise ValueError("cu_seqlens_q, cu_seqlens_k: one given without the other; self-attention gives the same twice")
+    check_tensor("cu_seqlens_q", cu_seqlens_q)
+    check_tensor("cu_seqlens_k", cu_seqlens_k)
     longest_q = _check_offsets("q", q, cu_seqlens_q, max_seqlen_q)
     longest_k = _check_offsets("k", k, cu_seqlens_k, max_seqlen_k)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allears.nn.attention_processors import WanProcessor
+from allears.nn.attention_processors import WanProcessor, spec_of_layer
 from allears.ops.attention import attention
 from allears.ops.gemm.schemes import Quantised
 from allears.ops.norm.fused import activate_quantised, gated_residual, layer_norm_modulated, residual_norm, rms_norm
@@ -130,6 +130,7 @@ def self_attention(attn: Any, x: Tensor | Quantised, rotary: tuple[Tensor, Tenso
 def cross_attention(attn: Any, x: Tensor | Quantised, context: Tensor) -> Tensor:
     """x of (B, N, C) and context (B, M, C) to (B, N, C), the output layer included."""
     processor, of_picture, picture = attn.processor, attn.add_k_proj, None
+    spec = spec_of_layer(processor.spec, cross=True)
     if of_picture is not None:
         split = context.shape[1] - processor.text_length
         picture, context = context[:, :split], context[:, split:]
@@ -140,16 +141,16 @@ def cross_attention(attn: Any, x: Tensor | Quantised, context: Tensor) -> Tensor
         k, v = attn.to_k(context), attn.to_v(context)
     k, v = _heads(attn, rms_norm(k, attn.norm_k.weight, _eps(attn.norm_k))), _heads(attn, v)
     if processor.attend is None:
-        y = attention(q, k, v, processor.spec)
+        y = attention(q, k, v, spec)
     else:
-        y = processor.attend(attn, q, k, v, processor.spec, None)
+        y = processor.attend(attn, q, k, v, spec, None)
     if picture is not None:
         if attn.fused_projections:
             k, v = attn.to_added_kv(picture).chunk(2, dim=-1)
         else:
             k, v = of_picture(picture), attn.add_v_proj(picture)
         k, v = _heads(attn, rms_norm(k, attn.norm_added_k.weight, _eps(attn.norm_added_k))), _heads(attn, v)
-        y = y + attention(q, k, v, processor.spec)
+        y = y + attention(q, k, v, spec)
     return attn.to_out[0](y.flatten(2))
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from allears.ops.attention.backend import Backend
-from allears.ops.attention.call import Facts
+from allears.ops.attention.call import Facts, lacks_func
 from allears.ops.attention.dense.sdpa import HALF, no_gpu
 from allears.ops.attention.spec import AttentionSpec
 from allears.ops.constant import constant_in_graphs
@@ -117,7 +117,8 @@ def _missing() -> str:
         found = importlib.util.find_spec("flash_attn.cute") is not None
     except (ImportError, ValueError):
         found = False
-    return no_gpu() or ("" if found else "the package is not installed: pip install flash-attn-4")
+    wheels = "[cu13]" if (torch.version.cuda or "").startswith("13.") else ""
+    return no_gpu() or ("" if found else f"the package is not installed: pip install 'flash-attn-4{wheels}'")
 
 
 def _refuses(facts: Facts, spec: AttentionSpec) -> str:
@@ -139,7 +140,7 @@ def _refuses(facts: Facts, spec: AttentionSpec) -> str:
         return f"takes head sizes up to {limit} here; {facts.head_dim} given"
     if facts.tracing and facts.grad:
         return "its backward cannot be traced by torch.compile; call it outside the compiled function"
-    return ""
+    return lacks_func(facts)
 
 
 def flash4_backends() -> tuple[Backend, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from allears.ops.attention.backend import Backend, Run
-from allears.ops.attention.call import Facts, Packing
+from allears.ops.attention.call import Facts, Packing, lacks_func
 from allears.ops.attention.dense.flash import flash_cpu, flash_packed
 from allears.ops.attention.dense.masks import sight, zero_blind
 from allears.ops.attention.dense.packing import run_padded
@@ -185,8 +185,9 @@ def _flash_refuses(facts: Facts, spec: AttentionSpec) -> str:
     if facts.mask == "learned":
         return "gives an added mask no gradient"
     if facts.device == "cpu":
-        return _empty(facts)
-    reason = _refuses_gpu(facts) or _empty(facts)
+        return _empty(facts) or (lacks_func(facts) if facts.lse else "")
+    ours = facts.lse or facts.packed or (facts.causal and not facts.square)
+    reason = _refuses_gpu(facts) or _empty(facts) or (lacks_func(facts) if ours else "")
     if reason:
         return reason
     if facts.mask != "none":

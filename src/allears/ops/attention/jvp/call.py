@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from allears.ops.attention.call import autocast_inputs, check_tensors
+from allears.ops.attention.call import autocast_inputs, check_tensors, check_values
 from allears.ops.attention.dense.reference import reference_attention
 from allears.ops.attention.jvp.ops import attention_jvp_op
 from allears.ops.attention.jvp.reference import attention_jvp_reference
@@ -49,6 +49,7 @@ def attention_jvp(
     Raises:
         ValueError: shapes do not fit, there are no keys, or the named kernel cannot run the call.
     """
+    check_values(q, k, v)
     check_tensors(q, k, v, None, packed=False)
     if k.shape[1] == 0:
         raise ValueError("k: 0 keys given; attention has a tangent only where there is at least one key")

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from allears.ops.attention.call import autocast_inputs
+from allears.ops.attention.call import autocast_inputs, func_differentiates
 from allears.ops.attention.dispatch import Choice
 from allears.ops.attention.linear.check import check_call
 from allears.ops.attention.linear.options import LinearOptions
@@ -33,6 +33,7 @@ class _Facts(NamedTuple):
     dtype: torch.dtype
     head_dim: int
     packed: bool
+    func: bool
 
 
 @overload
@@ -125,7 +126,7 @@ def linear_attention(
     check_call(q, k, v, options, **more)
     if return_state and not causal:
         raise ValueError("return_state: True given without causal=True; only causal attention has a state")
-    run = _runner(_choose(_facts(q, kernel, cu_seqlens)).kernel)
+    run = _runner(_choose(_facts(q, k, v, kernel, cu_seqlens)).kernel)
     out, new = run(q, k, v, options, **more)
     return (out, new) if return_state else out
 
@@ -161,11 +162,12 @@ def explain_linear(
         lengths=lengths,
         cu_seqlens=cu_seqlens,
     )
-    return _choose(_facts(q, kernel, cu_seqlens))
+    return _choose(_facts(q, k, v, kernel, cu_seqlens))
 
 
-def _facts(q: Tensor, kernel: str, cu_seqlens: Tensor | None) -> _Facts:
-    return _Facts(kernel, q.device.type, q.dtype, q.shape[-1], cu_seqlens is not None)
+def _facts(q: Tensor, k: Tensor, v: Tensor, kernel: str, cu_seqlens: Tensor | None) -> _Facts:
+    func = torch.is_grad_enabled() and func_differentiates(q, k, v)
+    return _Facts(kernel, q.device.type, q.dtype, q.shape[-1], cu_seqlens is not None, func)
 
 
 def _choose(facts: _Facts) -> Choice:
@@ -227,6 +229,8 @@ def _refuses_triton(facts: _Facts) -> str:
         return "takes float16, bfloat16 and float32, float64 given"
     if facts.head_dim > _LARGEST_TRITON_HEAD:
         return f"takes head sizes up to {_LARGEST_TRITON_HEAD}; {facts.head_dim} given"
+    if facts.func:
+        return "torch.func has no gradient of its operators; use backward() or torch.autograd.grad"
     return ""
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from allears.ops.attention.call import check_tensors
+from allears.ops.attention.call import check_tensor, check_tensors
 from allears.ops.attention.linear.conv import check_conv
 from allears.ops.attention.linear.options import LinearOptions
 from allears.ops.attention.linear.state import LinearState, check_state
@@ -29,6 +29,10 @@ def check_call(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raise ValueError unless the arguments of :func:`~allears.ops.attention.linear.call.linear_attention` fit."""
+    more = {"scale": scale, "conv_weight": conv_weight, "conv_bias": conv_bias}
+    for name, x in (more | {"lengths": lengths, "cu_seqlens": cu_seqlens}).items():
+        if x is not None:
+            check_tensor(name, x)
     check_tensors(q, k, v, None, packed=cu_seqlens is not None)
     if k.shape[-2] != q.shape[-2]:
         raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from allears.ops import nvrtc
 from allears.ops.attention.backend import Backend, Run, always_trains
-from allears.ops.attention.call import Facts
+from allears.ops.attention.call import Facts, lacks_func
 from allears.ops.attention.lowbit.inputs import DTYPES, LARGEST_HEAD_SIZE
 from allears.ops.attention.lowbit.ops import int8_attention_hopper, int8_attention_triton, nvfp4_attention_triton
 from allears.ops.attention.lowbit.ops_reference import lowbit_attention_reference
@@ -166,10 +166,11 @@ def interpreted() -> bool:
 # --- what is refused
 
 
-def _no_mask(facts: Facts) -> str:
+def _refuses_all(facts: Facts) -> str:
+    """What no kernel of these families takes."""
     if facts.mask != "none":
         return "takes no mask; use numerics='exact', or causal and cu_seqlens where they say the same"
-    return ""
+    return lacks_func(facts)
 
 
 def _refuses_reference(facts: Facts, spec: AttentionSpec) -> str:
@@ -179,7 +180,7 @@ def _refuses_reference(facts: Facts, spec: AttentionSpec) -> str:
         return f"takes head sizes up to {LARGEST_HEAD_SIZE}; {facts.head_dim} given; use numerics='exact'"
     if spec.numerics == "sagebwd" and spec.lowbit.smooth_q:
         return _SMOOTH_Q + ": with it dK would take a second noisy path (arXiv 2603.02170)"
-    return _no_mask(facts)
+    return _refuses_all(facts)
 
 
 def _refuses_hopper(facts: Facts, spec: AttentionSpec) -> str:
@@ -203,7 +204,7 @@ def _refuses_hopper(facts: Facts, spec: AttentionSpec) -> str:
             return f"has grad_scales='row' only, {spec.lowbit.grad_scales!r} given; kernel='triton' has both"
         if facts.lse and facts.grad:
             return "has no gradient of the log-sum-exp; call it with return_lse=False, or use kernel='triton'"
-    return _no_mask(facts)
+    return _refuses_all(facts)
 
 
 def _refuses_triton(facts: Facts, spec: AttentionSpec) -> str:
@@ -250,7 +251,7 @@ def _refuses_nvfp4(facts: Facts) -> str:
         return f"takes head sizes up to 128; {facts.head_dim} given"
     if facts.packed:
         return "takes no packed sequences; kernel='reference' does"
-    return _no_mask(facts)
+    return _refuses_all(facts)
 
 
 # --- what trains

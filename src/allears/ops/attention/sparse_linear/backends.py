@@ -12,7 +12,7 @@ from torch import Tensor
 
 from allears.ops import nvrtc
 from allears.ops.attention.backend import nothing_missing
-from allears.ops.attention.call import Facts
+from allears.ops.attention.call import Facts, lacks_func
 from allears.ops.attention.lowbit.backends import HALF, interpreted, triton_missing
 from allears.ops.attention.lowbit.inputs import DTYPES, LARGEST_HEAD_SIZE
 from allears.ops.attention.sparse_linear.gathered import sparse_linear_gathered
@@ -117,7 +117,7 @@ def _refuses_triton(facts: Facts, options: SparseLinear, named: bool) -> str:
         return f"has no backward for float32 with head sizes above 128; {facts.head_dim} given; cast to bfloat16"
     if facts.lse and facts.grad:
         return "has no gradient of the log-sum-exp; call it with return_lse=False, or use kernel='reference'"
-    return ""
+    return lacks_func(facts)
 
 
 def _refuses_gathered(facts: Facts, options: SparseLinear, named: bool) -> str:
@@ -135,7 +135,7 @@ def _refuses_gathered(facts: Facts, options: SparseLinear, named: bool) -> str:
 def _refuses_reference(facts: Facts, options: SparseLinear, named: bool) -> str:
     if options.precision == "int8_fp8" and facts.dtype not in DTYPES:
         return f"precision='int8_fp8' takes float16, bfloat16 and float32, {facts.dtype} given; cast q, k and v"
-    return ""
+    return "" if options.precision == "exact" else lacks_func(facts)
 
 
 KERNELS = (

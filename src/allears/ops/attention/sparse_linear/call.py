@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from allears.ops.attention.call import Facts, autocast_inputs, gather_facts
+from allears.ops.attention.call import Facts, autocast_inputs, func_differentiates, gather_facts
 from allears.ops.attention.dispatch import Choice
 from allears.ops.attention.lowbit.inputs import softmax_scale
 from allears.ops.attention.sparse_linear.backends import KERNELS, choose
@@ -223,5 +223,5 @@ def _examine(
     facts = gather_facts(q, k, v, None, causal, checked is not None, lse)
     learned = [x for x in (ratio, *(proj or ())) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in learned):
-        facts = facts._replace(grad=True)
+        facts = facts._replace(grad=True, func=facts.func or func_differentiates(*learned))
     return facts, {} if checked is None else checked._asdict()

@@ -7,7 +7,7 @@ G key heads (H a multiple of G), D head size, N_q and N_k blocks, R width of the
 import torch
 from torch import Tensor
 
-from allears.ops.attention.call import Packing, check_packing, check_tensors
+from allears.ops.attention.call import Packing, check_packing, check_tensor, check_tensors
 from allears.ops.attention.dense.packing import Rows, locate
 from allears.ops.attention.sparse_linear.blocks import Blocks, Geometry
 from allears.ops.attention.sparse_linear.options import SparseLinear
@@ -42,6 +42,17 @@ def check_call(
     _check_lists(blocks, (batch, q.shape[-2], geometry.n_q), geometry, options.form, q.device)
     check_mixing(ratio, proj, options, (batch, q.shape[-2], geometry.n_q), q)
     return geometry, packing
+
+
+def check_heads(qkv: tuple[Tensor, Tensor, Tensor], heads: int, kv_heads: int, head_dim: int) -> None:
+    """Raise ValueError unless q is (B, L_q, heads, head_dim) and k and v are (B, L_k, kv_heads, head_dim)."""
+    for name, x, wanted in zip("qkv", qkv, (heads, kv_heads, kv_heads), strict=True):
+        check_tensor(name, x)
+        if x.dim() != 4 or x.shape[2:] != (wanted, head_dim):
+            raise ValueError(
+                f"{name}: shape {tuple(x.shape)} given; this layer was built for (B, L, {wanted}, {head_dim}): "
+                f"build it with the heads, kv_heads and head_dim of q, k and v"
+            )
 
 
 def check_mixing(
