@@ -13,7 +13,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from allears.audio.stft import Stft
 
@@ -110,17 +109,22 @@ def _emphasis(points: int, like: Tensor) -> Tensor:
 
 
 def predictor(correlation: Tensor) -> Tensor:
-    """Prediction-error filter (..., P), its first tap 1, of the autocorrelation (..., P), by Levinson's recursion."""
-    backward = correlation.flip(-1)
+    """Prediction-error filter (..., P), its first tap 1, of the autocorrelation (..., P), by Schur's recursion.
+
+    A lattice of P - 1 stages, each with the reflection that takes out what is left at its lag. An impulse goes through
+    it along with the correlation, and what comes out of it is the filter: half as many operations as Levinson's
+    recursion has, for tensors so small that their number is what costs.
+    """
     order = correlation.shape[-1] - 1
-    minus_error = -correlation[..., :1]
-    taps = torch.ones_like(minus_error)
-    for size in range(1, order + 1):
-        reflection = (taps * backward[..., order - size : order]).sum(-1, keepdim=True) / minus_error
-        taps = functional.pad(taps, (0, 1))
-        taps = torch.addcmul(taps, reflection, taps.flip(-1))
-        minus_error = torch.addcmul(minus_error, minus_error, reflection.square(), value=-1)
-    return taps
+    silence = torch.zeros_like(correlation[..., 1:])
+    forward = backward = torch.cat([silence, torch.ones_like(correlation[..., :1]), silence, correlation], -1)
+    lag = 2 * order + 1
+    for _ in range(order):
+        ahead, behind = forward[..., 1:], backward[..., :-1]  # the one of a stage's two branches that has a delay
+        reflection = ahead[..., lag : lag + 1] / behind[..., lag : lag + 1]
+        forward = torch.addcmul(ahead, reflection, behind, value=-1)
+        backward = torch.addcmul(behind, reflection, ahead, value=-1)
+    return forward[..., : order + 1]
 
 
 def _gain(envelope: Tensor, read_at: Tensor) -> Tensor:

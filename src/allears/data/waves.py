@@ -5,29 +5,23 @@ Shapes: B clips, T samples, S segments, N segment samples.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from allears.core.host_arrays import on_device as on_device
 from allears.data.bank import AudioBank
 from allears.data.draws import RATE
 from allears.data.segments import Segment, Synthetic
+from allears.ops.resample import Stretches, lay
+from allears.ops.resample import read_at as read_at
 
-_TAPS = 16
-_FADE = 80
-_GROUP = 48
+_HARMONICS = 8
 MARGIN = 1024
 """Samples of silence into which filters without delay ring."""
 
 OCTAVES_HZ = (125.0, 250.0, 500.0, 1000.0, 2000.0, 4000.0, 8000.0)
-
-
-def on_device(device: torch.device, values: Any, kind: Any = np.float32) -> Tensor:
-    """A small host array on ``device`` without waiting for the work that is queued there."""
-    tensor = torch.from_numpy(np.asarray(values, dtype=kind))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def flat_audio(speech: AudioBank, noise: AudioBank, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -43,101 +37,65 @@ def active_rms(x: Tensor, frame: int = 320, range_db: float = 35.0) -> Tensor:
     return ((energy * active).sum(-1, keepdim=True) / active.sum(-1, keepdim=True).clamp_min(1)).sqrt()
 
 
-def _resampled(flat: Tensor, first: Tensor, last: Tensor, begin: Tensor, speed: Tensor, count: int) -> Tensor:
-    """Samples begin + n * speed, n < count, of each stretch flat[first:last]; Hann-windowed sinc of 16 taps. All
-    (S,) to (S, count).
-    """
-    position = begin[:, None].to(torch.float64) + speed[:, None].to(torch.float64) * torch.arange(
-        count, device=flat.device
-    )
-    return read_at(flat, first, last, position, speed) / 32768.0
-
-
-def read_at(flat: Tensor, first: Tensor, last: Tensor, position: Tensor, speed: Tensor) -> Tensor:
-    """``flat`` between its samples, at ``position`` (S, count), each row within flat[first:last], zero outside.
-
-    Args:
-        speed: (S,); above 1 the row is low-passed, so that it can be read so much faster.
-    """
-    base = position.floor()
-    fraction = (position - base).to(torch.float32)
-    base = base.to(torch.int64)
-    cutoff = torch.where(speed > 1, 0.97 / speed, torch.ones_like(speed)).to(torch.float32)[:, None]
-    total = torch.zeros_like(fraction)
-    for tap in range(1 - _TAPS // 2, _TAPS // 2 + 1):
-        index = base + tap
-        inside = (index >= first[:, None]) & (index < last[:, None])
-        distance = tap - fraction
-        window = torch.cos(distance * (math.pi / (_TAPS + 1))).square()
-        weight = cutoff * torch.sinc(cutoff * distance) * window
-        total += torch.where(inside, flat[index.clamp(0, flat.shape[0] - 1)].to(torch.float32), 0.0) * weight
-    return total
-
-
 def lay_segments(
     placed: list[tuple[int, Segment]], bank: AudioBank, flat: Tensor, batch: int, frames: int, even_level: bool
 ) -> Tensor:
     """All segments in their places, (B, T); with ``even_level`` each is brought to RMS 1 before its gain."""
-    out = torch.zeros(batch * frames, device=flat.device)
-    placed = sorted(placed, key=lambda pair: pair[1].length)
-    # Small groups waste no time on padding, which on a CPU costs; but how far a row is padded decides how a sum rounds.
-    size = 2 if flat.device.type == "cpu" and not even_level else _GROUP
-    for at in range(0, len(placed), size):
-        group = placed[at : at + size]
-        index = [bank.index_of(segment.item) for _, segment in group]
-        table = np.array(
-            [
-                (
-                    bank.starts[i],
-                    bank.starts[i] + bank.lengths[i],
-                    bank.starts[i] + segment.start,
-                    segment.length,
-                    row * frames + segment.at,
-                )
-                for i, (row, segment) in zip(index, group, strict=True)
-            ],
-            dtype=np.int64,
-        )
-        first, last, begin, length, target = on_device(flat.device, table, np.int64).unbind(1)
-        speed = on_device(flat.device, [segment.speed for _, segment in group])
-        gain = on_device(flat.device, [10 ** (segment.gain_db / 20) for _, segment in group])
-        count = max(segment.length for _, segment in group)
-        n = torch.arange(count, device=flat.device)
-        inside = n < length[:, None]
-        values = _resampled(flat, first, last, begin, speed, count) * inside
-        ramp = torch.minimum(n + 1, length[:, None] - n).clamp(0, _FADE).to(torch.float32) / _FADE
-        values = values * ramp
-        if even_level:
-            power = values.square().sum(-1, keepdim=True) / length[:, None]
-            values = values / power.sqrt().clamp_min(1e-5)
-        values = values * gain[:, None]
-        where = target[:, None] + n
-        out.index_add_(
-            0, where.clamp_max(batch * frames - 1).flatten(), values.flatten()
-        )  # zeros beyond a segment's end
-    return out.view(batch, frames)
+    entries = []
+    for row, segment in sorted(placed, key=lambda pair: pair[1].length):
+        index = bank.index_of(segment.item)
+        first, length = int(bank.starts[index]), int(bank.lengths[index])
+        where = (first, first + length, first + segment.start, segment.length, row, segment.at)
+        entries.append((*where, segment.speed, 10 ** (segment.gain_db / 20)))
+    return lay(flat, Stretches.of(entries), batch, frames, even_level)
 
 
 def made_noise(specs: list[Synthetic | None], frames: int, device: torch.device) -> Tensor:
     """(B, T); RMS 1 before its gain. Drawn on the CPU, so that a seed gives the same noise on any device."""
     out = torch.zeros(len(specs), frames, device=device)
-    frequency = torch.fft.rfftfreq(frames, 1 / RATE, device=device).clamp_min(20.0)
-    for row, spec in enumerate(specs):
-        if spec is None:
-            continue
-        generator = torch.Generator().manual_seed(spec.seed)
-        white = on_device(device, torch.randn(frames, generator=generator).numpy())
-        shaped = torch.fft.irfft(torch.fft.rfft(white) * (frequency / 1000.0).pow(spec.slope_db / 6.02), n=frames)
-        shaped = shaped / shaped.square().mean().sqrt().clamp_min(1e-8)
-        if spec.hum_hz > 0:
-            time = torch.arange(frames, dtype=torch.float64, device=device) / RATE
-            phases = torch.rand(8, generator=generator) * 6.2831853
-            hum = torch.zeros_like(time)
-            for k in range(8):
-                hum += torch.sin(6.283185307179586 * spec.hum_hz * (k + 1) * time + phases[k]) / (k + 1)
-            shaped = 0.5 * shaped + hum.to(torch.float32)
-        out[row] = shaped / shaped.square().mean().sqrt().clamp_min(1e-8) * 10 ** (spec.gain_db / 20)
+    made = [(row, spec) for row, spec in enumerate(specs) if spec is not None]
+    # All at once launches few kernels; but on a CPU transforms of several rows round unlike those of one.
+    size = 1 if device.type == "cpu" else max(1, len(made))
+    for at in range(0, len(made), size):
+        rows, group = zip(*made[at : at + size], strict=True)
+        out.index_copy_(0, on_device(device, rows, np.int64), _noises(list(group), frames, device))
     return out
+
+
+def _noises(specs: list[Synthetic], frames: int, device: torch.device) -> Tensor:
+    """(R, T), one noise a row, at their gains."""
+    white, hums, phases = [], [], []
+    for place, spec in enumerate(specs):
+        generator = torch.Generator().manual_seed(spec.seed)
+        white.append(torch.randn(frames, generator=generator).numpy())
+        if spec.hum_hz > 0:
+            hums.append((place, [6.283185307179586 * spec.hum_hz * (k + 1) for k in range(_HARMONICS)]))
+            phases.append((torch.rand(_HARMONICS, generator=generator) * 6.2831853).numpy())
+    frequency = torch.fft.rfftfreq(frames, 1 / RATE, device=device).clamp_min(20.0)
+    slopes = [[spec.slope_db / 6.02] for spec in specs]
+    # A power to a number rounds unlike one to a tensor, and rendered sets are to stay what they are.
+    tilt = (frequency / 1000.0).pow(slopes[0][0] if len(slopes) == 1 else on_device(device, slopes))
+    shaped = _of_level(torch.fft.irfft(torch.fft.rfft(on_device(device, np.stack(white))) * tilt, n=frames))
+    if hums:
+        places = on_device(device, [place for place, _ in hums], np.int64)
+        speeds = on_device(device, [speed for _, speed in hums], np.float64)
+        hum = _hum(speeds, on_device(device, phases, np.float64), frames)
+        shaped = shaped.index_copy(0, places, 0.5 * shaped[places] + hum)
+    return _of_level(shaped) * on_device(device, [[10 ** (spec.gain_db / 20)] for spec in specs])
+
+
+def _of_level(x: Tensor) -> Tensor:
+    """x (R, T) brought to RMS 1."""
+    return x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
+
+
+def _hum(speed: Tensor, phase: Tensor, frames: int) -> Tensor:
+    """Harmonics that fall as one over their number, out of their speeds in radians a second and their phases, (R, 8)
+    both, float64: (R, T), float32."""
+    time = torch.arange(frames, dtype=torch.float64, device=speed.device) / RATE
+    number = torch.arange(1, _HARMONICS + 1, device=speed.device)[:, None]
+    harmonics = torch.sin(speed[..., None] * time + phase[..., None]) / number
+    return sum(harmonics.unbind(1), torch.zeros_like(time)).to(torch.float32)
 
 
 def band_filter(
