@@ -35,6 +35,25 @@ def test_targets_say_what_is_there():
     assert found["background"].tolist() == [1, 0]
 
 
+def test_each_colour_looks_where_it_is():
+    torch.manual_seed(0)
+    net = WorldClassifier(width=4)
+    with torch.no_grad():
+        places = []
+        for corner in (0, 44):
+            video = torch.full((1, 3, 8, 64, 64), 0.3)
+            red, blue = (torch.tensor(COLOURS[name]).view(3, 1, 1, 1) / 255 for name in ("red", "blue"))
+            video[0, :, :, corner : corner + 20, 44:] = red
+            video[0, :, :, 20:40, :20] = blue
+            found = net._found(torch.zeros(1, 16, 4, 16, 16), video).unflatten(2, (8, 19))[0, :, :, 16:18].mean(1)
+            places.append(found)
+    names = tuple(COLOURS)
+    up, down = (place[names.index("red")] for place in places)
+    assert up[0] < -0.6 and down[0] > 0.6 and min(up[1], down[1]) > 0.6  # row and column, -1 to 1
+    assert float(places[0][names.index("blue")][1]) < -0.6
+    assert float(places[0][names.index("green")].abs().max()) < 0.3  # not there: it looks everywhere
+
+
 def test_the_classifier_learns():
     torch.manual_seed(0)
     net = WorldClassifier(width=4)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from allears.core.config import from_dict, to_dict
 from allears.models.video.config import PRESETS, VideoConfig
 from allears.models.video.model import VideoNet, modulate, use_attention
-from allears.models.video.patches import positions, rope_3d, to_patches, to_video
+from allears.models.video.patches import positions, rope_3d, to_patches, to_video, token_places, turn
 from allears.nn.rope import apply_rope
 from allears.nn.sparse_linear_attention import SparseLinearAttention
 from allears.ops.attention import AttentionSpec, Sparsity
@@ -65,9 +65,60 @@ def test_rotary_positions_know_differences_alone_in_each_direction():
     near = float(q.flatten() @ k.flatten())
     for step in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, -1)):
         assert abs(seen[step] - near) > 1e-3
-    slow, fast = (rope_3d(grid, tile, 16, torch.device("cpu"), stretch)[0] for stretch in (1.0, 2.0))
+    fast = rope_3d(grid, tile, 16, torch.device("cpu"), torch.arange(4) * 2.0)[0]
     at_two, at_one = ((place == torch.tensor(p)).all(1).nonzero()[0, 0] for p in ([2.0, 1, 3], [1.0, 1, 3]))
-    torch.testing.assert_close(slow[at_two], fast[at_one])
+    torch.testing.assert_close(table[0][at_two], fast[at_one])
+    each = rope_3d(grid, tile, 16, torch.device("cpu"), torch.stack([torch.arange(4) * s for s in (1.0, 2.0)]))
+    assert torch.equal(each[0][0], table[0]) and torch.equal(each[0][1], fast)
+    both = torch.cat([q.expand(1, 64, 1, 16)] * 2)
+    torch.testing.assert_close(turn(both, each)[0], turn(both[:1], table)[0])
+    with pytest.raises(ValueError, match="each of 4 frames"):
+        rope_3d(grid, tile, 16, torch.device("cpu"), torch.arange(3))
+
+
+def test_tokens_of_clips_of_fewer_frames_lie_where_they_do_in_the_whole_one():
+    cpu = torch.device("cpu")
+    assert torch.equal(token_places(32, 32, 2, cpu), torch.arange(16.0))
+    for frames in (2, 4, 16):
+        moments = torch.linspace(0, 31, frames)  # of the frames of the short clip, in frames of the whole one
+        wanted = (moments.view(-1, 2).mean(1) - 0.5) / 2
+        torch.testing.assert_close(token_places(frames, 32, 2, cpu), wanted)
+    assert token_places(1, 32, 1, cpu).tolist() == [15.5]
+
+
+def test_places_in_time_count_one_by_one():
+    """A clip of some tokens, each at its place, is another than at other places; whole clips are as without."""
+    for anchored in (False, True):
+        config = replace(TEST, anchored=anchored)
+        net, (x, t, words) = trained(config), inputs(config)
+        whole = net(x, t, words)
+        torch.testing.assert_close(net(x, t, words, torch.arange(4.0)), whole)
+        torch.testing.assert_close(net(x, t, words, torch.arange(4.0).repeat(2, 1)), whole)
+        part = x[:, :, 2:6]
+        at = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
+        found = net(part, t, words, at)
+        torch.testing.assert_close(found[1:], net(part[1:], t[1:], words[1:], at[1]), atol=1e-5, rtol=1e-4)
+        shifted = net(part, t, words, at + 1)
+        same = torch.allclose(shifted, found, atol=1e-5, rtol=1e-4)
+        assert same != anchored  # rotary positions alone know differences alone
+    plain = trained(TEST)
+    first = torch.zeros_like(x[:, :, :2])
+    moved = [trained(replace(TEST, anchored=a))(first, t, words, torch.tensor([2.0])) for a in (False, True)]
+    assert plain(first, t, words).shape == first.shape and not torch.allclose(*moved)
+
+
+def test_training_may_run_blocks_its_own_way():
+    net, (x, t, words) = trained(), inputs()
+    wanted, seen = net(x, t, words), []
+
+    def run(block, *args):
+        seen.append(block)
+        return block(*args)
+
+    net.training_block = run
+    assert torch.equal(net(x, t, words), wanted) and not seen
+    torch.testing.assert_close(net.train()(x, t, words), wanted)
+    assert seen == list(net.blocks)
 
 
 def test_the_velocity_follows_from_the_clean_video():
@@ -204,12 +255,17 @@ def test_configurations():
     ):
         with pytest.raises(ValueError, match=said):
             replace(base, **wrong)
+    few = base.with_frames(4)
+    assert few.video_shape == (4, 64, 64) and few.tile == (2, 4, 4) and few.tokens == 512
+    assert base.with_frames(None) is base
+    with pytest.raises(ValueError, match="frames: 3 given"):
+        base.with_frames(3)
 
 
 def test_wrong_inputs_are_named():
     net, (x, t, words) = trained(), inputs()
     for given, said in (
-        ((x[:, :, :6], t, words), r"multiples of \[4, 8, 8\]"),
+        ((x[:, :, :5], t, words), r"multiples of \[2, 8, 8\]"),
         ((x[0], t, words), "wanted"),
         ((x, t[:1], words), "2, 1 and 2 entries"),
     ):

@@ -3,9 +3,11 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from allears.core.errors import WeightsError
 from allears.core.weights import load_weights, save_weights
 from allears.data.world import draw_specs, is_held_out
 from allears.data.world_render import render
@@ -16,7 +18,8 @@ from allears.models.video.model import VideoNet
 from allears.ops.attention.sparse_linear import SparseLinear
 from allears.recipes.sparse_tune import load_tuned
 from allears.recipes.video import VideoObjective, WorldData, draw_batch, sample_specs, train_video, world_videos
-from allears.recipes.video_judge import load_judge, score_videos, train_judge, true_features
+from allears.recipes.video_judge import draw_any, load_judge, score_videos, train_judge, true_features
+from allears.recipes.video_stages import Stage, Stages
 from allears.recipes.video_tune import (
     calibration,
     distillation_kit,
@@ -39,7 +42,7 @@ def run(tmp_path_factory):
 
 def test_the_recipe_trains_saves_and_loads(run):
     result, out = run
-    assert result.step == 3 and set(result.metrics) == {"loss_train", "loss_test"}
+    assert result.step == 3 and set(result.metrics) == {"frames", "loss_train", "loss_test"}
     record = json.loads((out / "export.json").read_text())
     assert record["model"] == "video" and record["training"]["loss"]["drop_caption"] == 0.1
     video = VideoGenerator.from_pretrained(out / "export", device="cpu")("a red ball falls", steps=2)
@@ -69,8 +72,8 @@ def test_draws_follow_the_step():
 def test_the_loss_falls():
     torch.manual_seed(0)
     config = PRESETS["test"]
-    data, net = WorldData(config, 4, 0, CPU), VideoNet(config)
-    objective = VideoObjective(data, FlowLoss(), check_clips=1, check_steps=1)
+    net = VideoNet(config)
+    objective = VideoObjective(Stages(config, [Stage(8, 1.0, 4)], FlowLoss(), 0, CPU), check_clips=1, check_steps=1)
     before = objective.validate(net.eval())
     optimizer = torch.optim.Adam(net.parameters(), 5e-3)
     losses = []
@@ -94,6 +97,15 @@ def test_scores_of_true_videos(tmp_path):
     dark = score_videos(videos * 0.3, specs, judge, real)
     assert true["prompt_score"] > 95 and dark["prompt_score"] < true["prompt_score"] - 30
     assert true["frechet"] < dark["frechet"] and true["consistency_db"] > 30
+
+
+def test_the_judge_sees_what_the_model_does_not(tmp_path):
+    specs = draw_any(np.random.default_rng(0), 200)
+    share = sum(any(map(is_held_out, spec.things)) for spec in specs) / len(specs)
+    assert 0.08 < share < 0.25
+    save_weights(tmp_path / "old", {"features.weight": torch.zeros(3, 3)}, {"width": 4}, dtype="float32")
+    with pytest.raises(WeightsError, match="missing"):
+        load_judge(tmp_path / "old")
 
 
 def test_samples_follow_their_specs_seed():
@@ -148,6 +160,11 @@ def test_settings_that_make_no_sense(tmp_path):
         ({"preset": "huge"}, "preset: 'huge'"),
         ({"corpus": ["x"]}, "corpus: 'x'"),
         ({"compile": True, "graphs": True}, "choose one"),
+        ({"stages": [(3, 1.0, 2)]}, "frames: 3 given"),
+        ({"stages": [(2, 1.0, 3)]}, "batch: 3 given; wanted a multiple of 4"),
+        ({"stages": [{"frames": 2, "part": 1}]}, "unknown key 'part'"),
+        ({"stages": [(2, 1.0, 4, "jit")]}, "way 'jit'"),
+        ({"attention": {"kernel": "sdpa-cudnn"}}, "cannot run this call"),
         ({"loss": {"mean": 0.0, "drop": 0.5}}, "unknown key 'drop'"),
     ):
         with pytest.raises(ValueError, match=said):

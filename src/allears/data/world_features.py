@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from allears.data.world import BACKGROUNDS, CAMERAS, COLOURS, MOTIONS, RELATIONS, SHAPES, SIZES, WorldSpec
 
-FEATURES = 96
+FEATURES = 112
+_OF_THING = 10  # features of each colour
+_STRETCHES = 8
+_NEAR = 0.04  # squared distance of colours that are about the same
+_EAGER = 8.0  # how much more a place is looked at that has the colour
 _GROUPS = {"shape": SHAPES, "size": tuple(SIZES), "motion": MOTIONS}
 _WHOLE = {"relation": ("none", *RELATIONS), "camera": CAMERAS, "background": tuple(BACKGROUNDS)}
 
@@ -23,6 +27,9 @@ _WHOLE = {"relation": ("none", *RELATIONS), "camera": CAMERAS, "background": tup
 class WorldClassifier(nn.Module):
     """Videos (B, 3, T, H, W) in [0, 1] to features (B, D); :meth:`loss` teaches it to tell from them which colours are
     there, the shape, size and motion of each, and relation, camera and background.
+
+    Each colour has a few of the features: what it finds where it looks, in eight stretches of the clip, and where that
+    is. What is then said of a thing is said alike for all colours, so that each is learnt from the videos of all.
 
     Args:
         width: channels of the first convolution; the last has eight times as many.
@@ -32,38 +39,58 @@ class WorldClassifier(nn.Module):
         super().__init__()
         self.width = width
         sizes = (3, width, 2 * width, 4 * width, 8 * width)
-        strides = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+        strides = ((1, 2, 2), (2, 2, 2), (2, 1, 1), (2, 2, 2))
         self.convolutions = nn.ModuleList(
             nn.Conv3d(before, after, 3, stride, 1)
             for before, after, stride in zip(sizes, sizes[1:], strides, strict=False)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(4, size) for size in sizes[1:])
-        self.features = nn.Linear(sizes[-1] * 4 * 2 * 2, FEATURES)
+        self.looks = nn.Conv3d(sizes[3], len(COLOURS), 1)
+        nn.init.zeros_(self.looks.weight)  # looks by colour alone at first: what it finds is learnt soon then
+        self.register_buffer("palette", torch.tensor(list(COLOURS.values())) / 255.0, persistent=False)
+        self.things = nn.Sequential(nn.Linear(_STRETCHES * (sizes[3] + 3), 128), nn.SiLU(), nn.Linear(128, _OF_THING))
+        self.whole = nn.Linear(sizes[-1] * 4 * 2 * 2, FEATURES - len(COLOURS) * _OF_THING)
         self.heads = nn.ModuleDict(
             {
-                "colour": nn.Linear(FEATURES, len(COLOURS)),
-                **{name: nn.Linear(FEATURES, len(COLOURS) * len(known)) for name, known in _GROUPS.items()},
+                "colour": nn.Linear(_OF_THING, 1),
+                **{name: nn.Linear(_OF_THING, len(known)) for name, known in _GROUPS.items()},
                 **{name: nn.Linear(FEATURES, len(known)) for name, known in _WHOLE.items()},
             }
         )
 
     def forward(self, videos: Tensor) -> Tensor:
         x = 2 * videos - 1
+        maps = []
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = F.silu(norm(convolution(x)))
-        return torch.tanh(self.features(F.adaptive_avg_pool3d(x, (4, 2, 2)).flatten(1)))
+            maps.append(x)
+        whole = self.whole(F.adaptive_avg_pool3d(x, (4, 2, 2)).flatten(1))
+        return torch.tanh(torch.cat([self.things(self._found(maps[2], videos)).flatten(1), whole], dim=1))
+
+    def _found(self, x: Tensor, videos: Tensor) -> Tensor:
+        """x (B, S, T', H', W') to what each colour sees where it looks, and where: (B, C, stretches * (S + 3))."""
+        x = F.adaptive_avg_pool3d(x, (_STRETCHES, x.shape[3], x.shape[4]))
+        off = torch.stack([(videos - colour.view(3, 1, 1, 1)).square().sum(1) for colour in self.palette.unbind()], 1)
+        alike = F.adaptive_avg_pool3d(torch.exp(-off.float() / _NEAR), (_STRETCHES, x.shape[3], x.shape[4]))
+        looks = self.looks(x).float() + _EAGER * alike
+        weights = looks.flatten(3).softmax(-1).unflatten(-1, looks.shape[-2:])  # (B, C, stretches, H', W')
+        down, right = (torch.linspace(-1, 1, size, device=x.device) for size in x.shape[-2:])
+        place = torch.stack([(weights.sum(4) * down).sum(-1), (weights.sum(3) * right).sum(-1)], dim=-1)
+        seen = torch.einsum("bcthw,bsthw->bcts", weights.to(x.dtype), x)
+        highest = torch.tanh(looks.flatten(3).amax(-1, keepdim=True))
+        return torch.cat([seen, place.to(seen.dtype), highest.to(seen.dtype)], dim=-1).flatten(2)
 
     def loss(self, videos: Tensor, targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss () on videos with the :func:`targets` of their specs, and the share of right answers by head."""
         features = self(videos).float()
-        colour = self.heads["colour"](features)
+        things = features[:, : len(COLOURS) * _OF_THING].unflatten(1, (len(COLOURS), _OF_THING))
+        colour = self.heads["colour"](things)[..., 0]
         total = F.binary_cross_entropy_with_logits(colour, targets["colour"])
         right = {"colour": ((colour > 0) == (targets["colour"] > 0.5)).float().mean()}
         for name, head in self.heads.items():
             if name != "colour":
-                logits, wanted = head(features), targets[name]
-                if name in _GROUPS:
-                    logits = logits.unflatten(1, (len(COLOURS), -1)).transpose(1, 2)
+                wanted = targets[name]
+                logits = head(things).transpose(1, 2) if name in _GROUPS else head(features)
                 total = total + F.cross_entropy(logits, wanted, ignore_index=-1)
                 asked = wanted >= 0
                 right[name] = ((logits.argmax(1) == wanted) & asked).sum() / asked.sum().clamp(min=1)

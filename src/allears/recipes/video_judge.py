@@ -2,6 +2,7 @@
 of a model together.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,34 +11,50 @@ import torch
 from torch import Tensor, nn
 
 from allears.core.device import resolve_device
-from allears.core.weights import load_weights, save_weights
+from allears.core.weights import check_keys, load_weights, save_weights
 from allears.data.world import WorldSpec, draw_spec, draw_specs
 from allears.data.world_check import Check, check_videos, consistency_db, summary
 from allears.data.world_features import WorldClassifier, frechet_distance, targets
-from allears.data.world_layout import lay_out
+from allears.data.world_layout import Layout, lay_out
 from allears.data.world_render import FRAMES, SIZE_PX, render
 from allears.train import TrainConfig, TrainResult, train
+from allears.train.ahead import Ahead
+
+_VALIDATED = 64  # scenes
+_HELD_OUT = 0.15  # of the scenes that are drawn: nearly their share in the world
+
+
+def draw_any(rng: np.random.Generator, count: int) -> list[WorldSpec]:
+    """Specs of both splits. A judge that never saw the held-out shapes of a colour and a motion would learn that they
+    do not exist, and call them something else in the very videos that are to be judged."""
+    return [draw_spec(rng, "test" if rng.random() < _HELD_OUT else "train") for _ in range(count)]
 
 
 class JudgeObjective:
-    """Tell from a video what was painted; validates on specs of the held-out split."""
+    """Tell from a video what was painted, of both splits; validates on other specs of the held-out one."""
 
     def __init__(self, batch: int, seed: int, device: torch.device, frames: int, size_px: int) -> None:
         self.batch, self.seed, self.device, self.frames, self.size_px = batch, seed, device, frames, size_px
+        self._rank = int(os.environ.get("RANK", "0"))
+        self._ahead = Ahead(self._draw)
 
     def loss(self, model: nn.Module, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
-        rng = np.random.default_rng([self.seed, step])
-        total, right = self._loss(model, [draw_spec(rng) for _ in range(self.batch)])
+        total, right = self._loss(model, *self._ahead.take(step))
         return total, dict(right)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        total, right = self._loss(model, draw_specs(64, 4, "test"))
+        specs = draw_specs(_VALIDATED, 4, "test")
+        total, right = self._loss(model, lay_out(specs, self.frames), targets(specs))
         return {"loss": float(total), **{name: float(value) for name, value in right.items()}}
 
-    def _loss(self, model: nn.Module, specs: list[WorldSpec]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _draw(self, key: tuple[int, int]) -> tuple[Layout, dict[str, Tensor]]:
+        specs = draw_any(np.random.default_rng([self.seed, self._rank, *key]), self.batch)
+        return lay_out(specs, self.frames), targets(specs)
+
+    def _loss(self, model: nn.Module, layout: Layout, wanted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            videos = render(lay_out(specs, self.frames), self.device, size_px=self.size_px)
-        return model.loss(videos, targets(specs, self.device))  # type: ignore[operator]
+            videos = render(layout, self.device, size_px=self.size_px)
+        return model.loss(videos, {name: x.to(self.device) for name, x in wanted.items()})  # type: ignore[operator]
 
 
 def train_judge(
@@ -52,19 +69,27 @@ def train_judge(
     frames: int = FRAMES,
     size_px: int = SIZE_PX,
 ) -> TrainResult:
-    """Train a :class:`WorldClassifier` and leave it as ``out/export.safetensors``, float32."""
+    """Train a :class:`WorldClassifier` and leave it as ``out/export.safetensors``, float32.
+
+    Args:
+        minutes, steps: when to end; 1,500 steps where neither is given.
+        batch: videos a step.
+        width: of the classifier.
+        frames, size_px: of the videos.
+    """
+    most = steps or (1500 if minutes is None else 100_000)
     where = resolve_device(device)
     torch.manual_seed(seed)
     net = WorldClassifier(width)
     settings = TrainConfig(
         out=out,
-        steps=steps or 1500,
+        steps=most,
         minutes=minutes,
         lr=lr,
         seed=seed,
         device=device,
         precision="bf16" if where.type == "cuda" else "fp32",
-        warmup_steps=min(100, (steps or 1500) // 10),
+        warmup_steps=min(100, most // 10),
         validate_every=500,
     )
     result = train(net, JudgeObjective(batch, seed, where, frames, size_px), settings)
@@ -77,10 +102,11 @@ def load_judge(stem: str | Path, device: torch.device | str = "cpu") -> WorldCla
     """What :func:`train_judge` left at the path stem, in evaluation mode.
 
     Raises:
-        WeightsError: it is missing or corrupt.
+        WeightsError: it is missing, corrupt, or of another network.
     """
     tensors, record = load_weights(stem)
     net = WorldClassifier(record["width"])
+    check_keys(net, tensors)
     net.load_state_dict(tensors)
     return net.to(device).eval().requires_grad_(False)
 

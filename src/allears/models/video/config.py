@@ -1,5 +1,6 @@
 """Configuration of the video model, and its sizes."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,6 +29,8 @@ class VideoConfig:
         predicts: what the last layer gives: the clean video (``data``; Li and He, "Back to basics", arXiv 2511.13720:
             pixels lie near a low-dimensional surface, noise does not) or the ``velocity``. The model as a whole gives
             the velocity either way.
+        anchored: tokens are told their row, column and frame by sines and cosines that are added to them; without it
+            they know but how far apart they are, from their rotary positions.
         shift: of the sampler's times, t = shift u / (1 + (shift - 1) u) of u evenly from 1 to 0 (Esser et al., 2024).
         steps, guidance: that the shipped weights are meant for; guidance 1 is none.
         distilled: the weights were distilled to a few steps, 1 to :data:`MOST_FEW_STEPS`, with fresh noise between them
@@ -52,6 +55,7 @@ class VideoConfig:
     text_words: int = CAPTION_WORDS
     words: tuple[str, ...] = WORDS
     predicts: Literal["data", "velocity"] = "data"
+    anchored: bool = False
     shift: float = 3.0
     steps: int = 50
     guidance: float = 3.0
@@ -76,6 +80,19 @@ class VideoConfig:
                 f"distilled: with {self.steps} steps and guidance {self.guidance:g}; distilled weights take 1 to "
                 f"{MOST_FEW_STEPS} steps and guidance 1"
             )
+
+    def with_frames(self, frames: int | None) -> "VideoConfig":
+        """The same for clips of fewer frames, for which a tile may be shorter; ``None`` leaves them.
+
+        Raises:
+            ValueError: the frames do not make whole patches.
+        """
+        if frames is None or frames == self.frames:
+            return self
+        if frames < 1 or frames % self.patch[0]:
+            raise ValueError(f"frames: {frames} given; wanted a multiple of {self.patch[0]}, the frames of a patch")
+        tile = math.gcd(self.tile[0], frames // self.patch[0])
+        return replace(self, frames=frames, tile=(tile, *self.tile[1:]))
 
     @property
     def video_shape(self) -> Triple:
@@ -105,7 +122,7 @@ class VideoConfig:
         return 4.0 * self.layers * self.tokens**2 * self.channels
 
 
-_BASE = VideoConfig()
+_BASE = VideoConfig(anchored=True)
 PRESETS: dict[str, VideoConfig] = {
     "test": replace(
         _BASE, frames=8, size_px=16, tile=(2, 2, 2), channels=32, heads=2, layers=2, hidden=64, text_channels=16

@@ -51,7 +51,12 @@ def draw_times(batch: int, options: FlowLoss, generator: torch.Generator) -> Ten
 
 
 def flow_loss(
-    net: Velocity, videos: Tensor, tokens: Tensor, options: FlowLoss, generator: torch.Generator
+    net: Velocity,
+    videos: Tensor,
+    tokens: Tensor,
+    options: FlowLoss,
+    generator: torch.Generator,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error of the velocity (less at small times, see ``options``), and parts of it for the log.
 
@@ -60,6 +65,7 @@ def flow_loss(
         videos: (B, 3, T, H, W) in [-1, 1].
         tokens: (B, M), captions in numbers.
         generator: of times, noise and dropped captions, on the videos' device.
+        places: given to ``net`` too where there are some; see :class:`allears.models.video.model.VideoNet`.
 
     Returns:
         The loss (), and ``early`` and ``late``: its mean over clips with t above and below 0.7.
@@ -71,7 +77,8 @@ def flow_loss(
     tokens = torch.where(dropped[:, None] < options.drop_caption, torch.zeros_like(tokens), tokens)
     x_t = path.sample(videos, torch.zeros_like(videos), t, noise)
     weight = (t / t.clamp(min=options.least_t)).square() if options.least_t else torch.ones_like(t)
-    off = weight * (net(x_t, t, tokens) - (noise - videos)).square().mean((1, 2, 3, 4))
+    found = net(x_t, t, tokens) if places is None else net(x_t, t, tokens, places)  # type: ignore[call-arg]
+    off = weight * (found - (noise - videos)).square().mean((1, 2, 3, 4))
     early = t > 0.7
     with torch.no_grad():
         parts = {

@@ -8,14 +8,16 @@ tokens are patches of pixels.
 Shapes: B batch, T frames, H rows, W columns, L tokens, M words, C channels, E of the text, P values of a patch.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allears.models.video.config import VideoConfig
-from allears.models.video.patches import rope_3d, to_patches, to_video
+from allears.models.video.patches import place_waves, rope_3d, to_patches, to_video, token_places, turn
 from allears.nn.attention import CrossAttention, SelfAttention
-from allears.nn.rope import apply_rope
 from allears.nn.timestep import TimestepEmbedding
 from allears.ops.attention import AttentionSpec, attention
 
@@ -30,11 +32,11 @@ class SpaceTimeAttention(SelfAttention):
         super().__init__(channels, heads, rope=False, qk_norm=True, spec=spec)
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
-        """x (B, L, C), table: cosines and signed sines, each (L, C / heads)."""
+        """x (B, L, C), table: cosines and signed sines, each (L, C / heads) or (B, L, C / heads)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
         assert self.q_norm is not None and self.k_norm is not None
         q, k = (
-            apply_rope(F.rms_norm(part, (self.head_dim,), norm.weight.to(part.dtype), norm.eps), table)
+            turn(F.rms_norm(part, (self.head_dim,), norm.weight.to(part.dtype), norm.eps), table)
             for part, norm in ((q, self.q_norm), (k, self.k_norm))
         )
         y = attention(q, k, v, self.spec) if self.core is None else self.core(q, k, v, None)
@@ -84,6 +86,11 @@ class Block(nn.Module):
         return torch.addcmul(x, feed_gate[:, None].to(x.dtype), self.feed(modulate(x, feed_shift, feed_scale)))
 
 
+def call_block(block: nn.Module, x: Tensor, time: Tensor, context: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """``block(...)``, as a function that ``torch.compile`` compiles once for all blocks."""
+    return block(x, time, context, table)
+
+
 class TextEncoder(nn.Module):
     """Numbers of words (B, M) to (B, M, E)."""
 
@@ -125,35 +132,46 @@ class VideoNet(nn.Module):
         self.blocks = nn.ModuleList(Block(config, spec or AttentionSpec()) for _ in range(config.layers))
         self.leave_modulation = nn.Parameter(torch.zeros(2, channels))
         self.leave = nn.Linear(channels, values)
+        self.training_block: Callable[..., Tensor] = call_block
+        """Runs a block in training; may be ``torch.compile(call_block)``."""
         self._initialise()
 
-    def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor, places: Tensor | None = None) -> Tensor:
         """x (B, 3, T, H, W), t (B,) in [0, 1], tokens (B, M) int64, zeros without a caption; returns the velocity
-        (B, 3, T, H, W), in float32 at least. T, H and W may differ from the configuration's by whole tiles; fewer
-        frames are taken for a clip as long, of a lower frame rate.
+        (B, 3, T, H, W), in float32 at least. H and W may differ from the configuration's by whole tiles, T by whole
+        patches.
+
+        Args:
+            places: of the frames of tokens in a whole clip, (T / patch,) or (B, T / patch), for a clip that lacks some
+                of them. By default fewer frames are taken for a clip as long, of a lower frame rate.
 
         Raises:
             ValueError: the video is not made of whole tiles, or the batches differ.
         """
-        return self.with_context(x, t, self.text(tokens))
+        return self.with_context(x, t, self.text(tokens), places)
 
-    def with_context(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def with_context(self, x: Tensor, t: Tensor, context: Tensor, places: Tensor | None = None) -> Tensor:
         """The same from an encoded caption, (B, M, E): the same at all steps of a sampler."""
+        config, frames = self.config, x.shape[2]
         grid = self._grid(x, t, context)
-        patch, tile = self.config.patch, self.config.tile
-        stretch = self.config.frames / x.shape[2]
-        table = rope_3d(grid, tile, self.config.channels // self.config.heads, x.device, stretch)
+        patch, tile = config.patch, (math.gcd(config.tile[0], grid[0]), *config.tile[1:])
+        if places is None and frames != config.frames:
+            places = token_places(frames, config.frames, patch[0], x.device)
+        table = rope_3d(grid, tile, config.channels // config.heads, x.device, places)
         h = self.enter(to_patches(x, patch, tile))
+        if config.anchored:
+            h = h + place_waves(grid, tile, config.channels, x.device, places).to(h.dtype)
         time = self.time(t)
         of_blocks = _wide(self.time_blocks(F.silu(time))).unflatten(-1, (6, -1))
+        run = self.training_block if self.training else call_block
         for block in self.blocks:
-            h = block(h, of_blocks, context, table)
+            h = run(block, h, of_blocks, context, table)
         shift, scale = (_wide(time)[:, None] + self.leave_modulation).unbind(1)
         with torch.autocast(x.device.type, enabled=False):  # 16 bits here would be seen: v divides by t
             last = modulate(_wide(h), shift, scale)
             values = F.linear(last, _wide(self.leave.weight), _wide(self.leave.bias))
         out = to_video(values, tuple(x.shape[2:]), patch, tile)  # type: ignore
-        if self.config.predicts == "velocity":
+        if config.predicts == "velocity":
             return out
         return (x.to(out.dtype) - out) / t.to(out.dtype).clamp(min=_LEAST_T).view(-1, 1, 1, 1, 1)
 
@@ -162,7 +180,7 @@ class VideoNet(nn.Module):
         return [block.attention for block in self.blocks]  # pyrefly: ignore
 
     def _grid(self, x: Tensor, t: Tensor, context: Tensor) -> tuple[int, int, int]:
-        units = [part * tile for part, tile in zip(self.config.patch, self.config.tile, strict=True)]
+        units = [part * tile for part, tile in zip(self.config.patch, (1, *self.config.tile[1:]), strict=True)]
         if x.dim() != 5 or x.shape[1] != 3 or any(size % unit for size, unit in zip(x.shape[2:], units, strict=True)):
             raise ValueError(f"x: {tuple(x.shape)} given; wanted (B, 3, T, H, W) with T, H, W multiples of {units}")
         if not len(x) == len(t) == len(context):
