@@ -48,7 +48,8 @@ def save_weights(
     config: dict[str, Any],
     dtype: "torch.dtype | str | None" = "float16",
 ) -> Path:
-    """Write ``state_dict`` and ``config`` as NAME.safetensors and NAME.json, each under a temporary name first.
+    """Write ``state_dict`` and ``config`` as NAME.safetensors and NAME.json, each under a temporary name first, so that
+    processes which save the same (of one training) do not disturb one another.
 
     Args:
         path_stem: folder and NAME, without a suffix; the folder is made.
@@ -82,7 +83,8 @@ def save_weights(
     json.dumps(config)  # a config that JSON cannot hold fails before anything is written
     weights, sidecar = weight_paths(path_stem)
     weights.parent.mkdir(parents=True, exist_ok=True)
-    part_weights, part_sidecar = (path.with_name(f".{path.name}.part") for path in (weights, sidecar))
+    parts = (path.with_name(f".{path.name}.{os.getpid()}.part") for path in (weights, sidecar))  # of this process
+    part_weights, part_sidecar = parts
     try:
         save_file(tensors, part_weights)
         record = {
