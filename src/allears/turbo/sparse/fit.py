@@ -48,6 +48,7 @@ class Errors(NamedTuple):
     kept: float
 
 
+@torch.enable_grad()
 def fit_router(
     core: SparseLinearAttention,
     samples: Sequence[Sample],
