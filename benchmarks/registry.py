@@ -35,6 +35,7 @@ _CASE_MODULES = (
     "linear_attention",
     "gemm",
     "sagebwd_pretrain",
+    "sagebwd_sigma",
     "nvfp4",
     "sla2_quality",
     "separate_cost",

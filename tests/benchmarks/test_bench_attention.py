@@ -241,6 +241,32 @@ def test_a_system_that_spoils_its_inputs_does_not_spoil_the_others(monkeypatch):
     assert min(seen) > 0.5 * OFFSET
 
 
+def test_the_error_of_a_forward_is_a_mean_over_inputs(monkeypatch):
+    seen = []
+
+    def scaled(q, k, v, causal):
+        seen.append(q[0, 0, 0, 0].item())
+        return attend(q, k, v, causal) * (1 + 0.01 * len(set(seen)))
+
+    report = measure(monkeypatch, system("scaled", scaled, bounds=systems.INT8), error_seeds=3)
+    (row,) = [r for r in report.rows if r["metric"] == "rel_err" and r["case"].startswith("fwd 1x")]
+    assert (row["low"], row["value"], row["high"]) == pytest.approx((0.01, 0.02, 0.03), rel=0.05) and row["n"] == 3
+    (both,) = [r for r in report.rows if r["metric"] == "rel_err" and r["case"].startswith("fwd+bwd")]
+    assert "n" not in both
+    with pytest.raises(ValueError, match="error_seeds: 0 given"):
+        Settings(error_seeds=0)
+
+
+def test_a_system_of_some_shapes_runs_there_or_where_it_is_named(monkeypatch):
+    some = System("some", lambda machine: (attend, "about"), True, BF16, ("1x40x2x16",))
+    names = ("fwd 1x40x2x16", "fwd 1x41x2x16")
+    report = measure(monkeypatch, system(), some, cases=names)
+    assert {r["case"] for r in report.rows if r["system"] == "some"} == {names[0]}
+    assert {r["case"] for r in report.rows if r["system"] == "right"} == set(names)
+    report = measure(monkeypatch, system(), some, cases=names, systems=("some",))
+    assert {r["case"] for r in report.rows if r["system"] == "some"} == set(names)
+
+
 def test_what_does_not_fit_the_time_is_named(monkeypatch):
     report = measure(monkeypatch, system(), minutes=1e-9)
     assert report.rows == [] and report.notes[-1] == ("left out after 1e-09 minutes: fwd 1x40x2x16, fwd+bwd 1x40x2x16")
@@ -366,6 +392,8 @@ def test_two_versions_of_a_package_live_side_by_side(tmp_path):
     assert not [name for name in sys.modules if name.startswith("fakeattention")] and sys.path == path
     with pytest.raises(peers.UnavailableError, match=r"fakeattention 3\.x is not installed \(found 1\.0\.6, 2\.2\.0\)"):
         peers.load("fakeattention", "3", folders)
+    assert peers.sources(one) == peers.sources(one) != peers.sources(two)
+    assert peers.sources(one).startswith("2 Python files of sha256 ")
     broken = package(tmp_path / "three", "3.0", 3, broken=True)
     with pytest.raises(peers.UnavailableError, match=r"fakeattention 3\.0 does not import: ModuleNotFoundError"):
         peers.load("fakeattention", "3", [broken])

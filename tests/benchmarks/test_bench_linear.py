@@ -47,6 +47,31 @@ def test_a_wrong_kernel_gets_no_speed(monkeypatch):
     errors = [row["value"] for row in report.rows if row["metric"] == "rel_err"]
     assert errors == pytest.approx([0.1] * 4, rel=0.05)
     assert sum("allears: no speed: its error 0.1" in note for note in report.notes) == 4
+    assert "allears-graph: not available: CUDA graphs need a CUDA GPU; this is cpu" in report.notes
+
+
+def test_the_graph_is_checked_and_told_beside_the_kernel(monkeypatch):
+    made = []
+
+    class Fake:
+        def __init__(self, function, *inputs):
+            self.inputs, self.output = inputs, function(*inputs) * (1.5 if inputs[0].shape[-1] == 16 else 1)
+            made.append(inputs[0].shape[1])
+
+        def __call__(self, *inputs):
+            assert all(a is b for a, b in zip(inputs, self.inputs, strict=True))
+            return self.output
+
+    monkeypatch.setattr(run, "Replayed", Fake)
+    monkeypatch.setattr(run, "attend", lambda system, inputs, q, k, v: q + k + v)
+    report = run.Report()
+    for size in (64, 16):
+        sets = [run.make_inputs(64, 8, size, CPU, seed) for seed in (0, 1)]
+        run._run(str(size), sets, Settings(systems=(run.GRAPH,)), run.Stopwatch(CPU, 0.001), 1e9, report)
+    found = {(row["case"], row["metric"]): row["value"] for row in report.rows}
+    assert set(found) == {("64", "rel_err"), ("64", "ms"), ("64", "bandwidth_frac"), ("16", "rel_err")}
+    assert found["64", "rel_err"] == 0 and found["16", "rel_err"] == pytest.approx(0.5, rel=1e-3) and made == [64] * 4
+    assert report.notes == [f"16: {run.GRAPH}: no speed: its error 0.5 is above {run.BOUND}"]
 
 
 def test_bandwidth_is_four_tensors_over_time_over_copies(monkeypatch):

@@ -56,12 +56,15 @@ def test_default_cases_are_named_as_published(name):
 def test_groups_and_single_cases_come_once():
     assert {c.mode for c in cases.GROUPS["video"]} == {"fwd", "bwd"} and len(cases.GROUPS["video"]) == 6
     assert {c.mode for c in cases.GROUPS["long"]} == {"fwd"} and len(cases.GROUPS["long"]) == 3
+    shapes = [c.shape for c in cases.GROUPS["shapes"]]
+    assert {s.head_dim for s in shapes} == {64, 128} and {s.kv_heads for s in shapes} == {4, 12}
+    assert [s.causal for s in shapes] == [False, False, True, True, False, False]
     assert cases.select(["quick", cases.GROUPS["quick"][0].name]) == list(cases.GROUPS["quick"])
     assert cases.select(Settings(quick=True).case_names) == list(cases.GROUPS["quick"])
 
 
 @pytest.mark.parametrize(
-    "text", ["fwd 1x2x3x4", "fwd 1x2x3x4 s1", "fwd 1x2x3x4 s-0.1", "s0.5", "fwd 1x2x3x4 causal s0.5"]
+    "text", ["fwd 1x2x3x4", "fwd 1x2x3x4 s1", "fwd 1x2x3x4 s-0.1", "s0.5", "fwd 1x2x3x4 s0.5 causal"]
 )
 def test_what_is_no_case_is_refused(text):
     with pytest.raises(ValueError, match=r"^cases: "):
@@ -89,6 +92,24 @@ def test_samples_equal_the_textbook(monkeypatch, heads, kv_heads, length):
     assert sample.rel_err(1.01 * out.detach()) == pytest.approx(0.01, rel=1e-2)
     wrong = textbook(q, k, v, picked, ratio.flip(0)).detach()
     assert sample.rel_err(wrong) > 0.05
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_causal_samples_equal_attention_on_the_blocks_seen(monkeypatch, kv_heads):
+    length = 200
+    monkeypatch.setattr(formula, "_CHUNK_BYTES", 4 * length * 2 * 64)  # one or two query blocks at a time
+    inputs = make_inputs(cases.parse(f"fwd 1x{length}x2/{kv_heads}x16 causal s0.5").shape, CPU, seed=2)
+    picked = random_map((1, 2, 4, 4), 1).tril() | torch.eye(4, dtype=torch.bool)
+    q, k, v = (x.double().requires_grad_() for x in inputs.copies())
+    keys, values = (x.repeat_interleave(2 // kv_heads, 2) for x in (k, v))
+    logits = torch.einsum("blhd,bmhd->bhlm", q, keys) / 4
+    seen = picked.repeat_interleave(64, 2).repeat_interleave(64, 3)[..., :length, :length]
+    seen = seen & torch.ones(length, length, dtype=torch.bool).tril()
+    out = torch.einsum("bhlm,bmhd->blhd", logits.masked_fill(~seen, -torch.inf).softmax(-1), values)
+    grads = torch.autograd.grad(out, (q, k, v), inputs.grad.double())
+    ours = Formula(blocks_from_map(picked), SparseLinear("sparse", block_q=64), causal=True)
+    sample, gradients = sample_output(inputs, ours, seed=1), sample_gradients(inputs, ours, seed=1)
+    assert sample.rel_err(out.detach()) < 1e-5 and max(gradients.rel_errs(*grads).values()) < 1e-5
 
 
 def test_a_ratio_of_each_query_block_is_cut_like_the_blocks(monkeypatch):
@@ -122,6 +143,30 @@ def test_the_router_is_held_to_the_best_blocks():
     assert gap(best) < 1e-5
     assert gap(worst) > 2 and 0.5 < gap(random_map(scores.shape, 2)) < gap(worst)
     assert gap(best, keep=0.3) == float("inf") == gap(best, keep=0.1)
+
+
+def test_a_causal_router_is_held_to_the_best_of_what_is_seen():
+    inputs = make_inputs(cases.parse("fwd 1x640x1x16 causal s0.8").shape, CPU, seed=5)
+    pooled_q, pooled_k = (x.float().unflatten(1, (-1, 64)).mean(2).transpose(1, 2) for x in (inputs.q, inputs.k))
+    scores = pooled_q @ pooled_k.transpose(-1, -2)
+    eye, seen = torch.eye(16)[None], torch.ones(10, 10, dtype=torch.bool).tril()
+    diagonal = torch.eye(10, dtype=torch.bool)
+
+    def gap(sign):
+        ranked = (sign * scores).masked_fill(~seen, -torch.inf).masked_fill(diagonal, torch.inf)
+        order = ranked.argsort(-1, descending=True)
+        counts = (seen.sum(-1) * 0.2 + 1e-4).long().clamp(min=1)
+        picked = torch.zeros(scores.shape, dtype=torch.bool)
+        for row, count in enumerate(counts.tolist()):
+            picked[:, :, row, order[0, 0, row, :count]] = True
+        chosen = Formula(blocks_from_map(picked), SparseLinear(block_q=64), router=(eye, eye), keep=0.2, causal=True)
+        return router_gap(inputs, chosen)
+
+    assert gap(1) < 1e-5 and gap(-1) > 0.3
+    ahead = Formula(
+        blocks_from_map((~seen | diagonal)[None, None]), SparseLinear(block_q=64), router=(eye, eye), causal=True
+    )
+    assert router_gap(inputs, ahead) == float("inf")
 
 
 # a run
@@ -246,6 +291,32 @@ def get_block_map(q, k, topk_ratio, BLKQ, BLKK):
     return picked, None, count
 
 
+class FakeSparge:
+    """SpargeAttn's function and its map, which knows k and its mean apart."""
+
+    def __init__(self, blocks):
+        self.blocks, self.utils = blocks, SimpleNamespace(get_block_map_meansim_fuse_quant=self.map)
+
+    def map(self, q, k, mean, simthreshd1, cdfthreshd, topk, BLKQ, BLKK):
+        assert simthreshd1 < 0 and cdfthreshd is None and self.blocks == (BLKQ, BLKK)
+        return (get_block_map(q, k - mean, topk, BLKQ, BLKK)[0].bool(), "quantised")
+
+    def spas_sage2_attn_meansim_topk_cuda(self, q, k, v, topk):
+        picked = self.map(q, k, k.mean(-2, keepdim=True), -0.1, None, topk, *self.blocks)[0]
+        turned = (x.double().transpose(1, 2) for x in (q, k, v))
+        return textbook(*turned, picked, torch.ones(q.shape[1]).double(), *self.blocks).transpose(1, 2).to(q.dtype)
+
+
+def test_spargeattn_is_held_to_its_own_map_and_to_calls_that_it_has(monkeypatch):
+    make = peers.sparge_maker(FakeSparge((64, 128)), (64, 128))
+    known = System("peer", lambda machine: (lambda case: Prepared(*make(case), heads_first=True), "peer"), False, BF16)
+    names = ("fwd 1x450x2x16 s0.50", "fwd 1x450x2x16 causal s0.50", "fwd 1x450x2/1x16 s0.50")
+    report = measure(monkeypatch, known, cases=names)
+    assert {(r["case"], r["metric"]) for r in report.rows} == {(names[0], "rel_err"), (names[0], "ms")}
+    refused = [note for note in report.notes if "it has neither causal calls that mask by key nor" in note]
+    assert [note.partition(": ")[0] for note in refused] == list(names[1:])
+
+
 @pytest.mark.parametrize("blocks", [(64, 64), (64, 128)])
 def test_a_peer_is_held_to_its_own_map_and_timed_in_its_own_layout(monkeypatch, blocks):
     made = []
@@ -272,12 +343,15 @@ def test_published_systems_are_there_and_say_why_they_cannot_run_here():
         "allears-sla2-int8fp8",
         "allears-sla2-int8fp8-graph",
         "allears-sla",
+        "allears-sparse",
+        "allears-sparse-int8fp8",
         "fa2",
         "cudnn",
         "sla-triton",
         "sagesla",
+        "spargeattn",
     ]
-    for name in (names[2], *names[4:]):
+    for name in (names[2], *names[6:]):
         with pytest.raises(packages.UnavailableError, match="CUDA GPU"):
             systems.select([name])[0].load(Machine(CPU))
     with pytest.raises(ValueError, match="systems: 'sla9' is unknown; known are allears-sla2, "):
@@ -288,10 +362,13 @@ def test_published_systems_are_there_and_say_why_they_cannot_run_here():
 
 
 def test_our_modules_pass_their_own_gate_and_tell_their_kernel(monkeypatch):
-    ours = ("allears-sla2", "allears-sla2-int8fp8", "allears-sla")
-    settings = Settings(cases=("bwd 1x200x2x32 s0.50",), systems=ours, quick=True, device="cpu", seed=3)
+    ours = ("allears-sla2", "allears-sla2-int8fp8", "allears-sla", "allears-sparse")
+    names = ("bwd 1x200x2x32 s0.50", "bwd 1x300x2/1x16 causal s0.50")
+    settings = Settings(cases=names, systems=ours, quick=True, device="cpu", seed=3)
     report = run.measure(settings)
-    assert {r["system"] for r in report.rows if r["metric"] == "ms"} == set(ours)
+    timed = {(r["case"], r["system"]) for r in report.rows if r["metric"] == "ms"}
+    assert timed == set(itertools.product(names, ours)), report.notes
+    assert [n for n in report.notes if n.startswith("allears-sparse: kernel ") and "1x300x2/1x16 causal with" in n]
     assert any(
         note.startswith("allears-sla2: kernel ") and "1x200x2x32 with gradients" in note for note in report.notes
     )

@@ -86,6 +86,9 @@ crowded = compile_case(case, 90)
 assert crowded.local_bytes > 0
 assert len(crowded.faults()) == 1 and "local memory" in crowded.faults()[0], crowded.faults()
 assert replace(crowded, case=replace(case, spills=True)).faults() == []
+bounded = replace(crowded, case=replace(case, spills=crowded.local_bytes - 1))
+assert len(bounded.faults()) == 1 and f"{crowded.local_bytes - 1} bytes are its bound" in bounded.faults()[0]
+assert replace(crowded, case=replace(case, spills=crowded.local_bytes)).faults() == []
 
 bad = replace(case, signature={})
 for wrong, chip, words in ((bad, 90, "lacks or adds ['a']"), (case, 120, "capability: 120 given")):

@@ -40,7 +40,7 @@ class AotCase:
             empty tuple asks for compilation alone.
         num_warps, num_stages: as at launch.
         aligned: names of the pointers and integers that are multiples of 16, as the launcher finds out at run time.
-        spills: whether local memory (spilled registers) is allowed.
+        spills: bytes of local memory (spilled registers) that a thread may take; True: any number.
     """
 
     name: str
@@ -51,7 +51,7 @@ class AotCase:
     num_warps: int = 4
     num_stages: int = 3
     aligned: tuple[str, ...] = ()
-    spills: bool = False
+    spills: int = 0
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.instructions) - set(CAPABILITIES))
@@ -99,11 +99,13 @@ class AotBuild:
                 found = max(found, len(re.findall(pattern, self.sass)))
             if found < least:
                 faults.append(f"{where}: {found} instructions match {pattern!r}, and {least} should")
-        if self.local_bytes and not self.case.spills:
+        allowed = self.case.spills
+        if allowed is not True and self.local_bytes > allowed:
             counts = self.opcodes()
+            should = f"{allowed} bytes are its bound" if allowed else f"it should stay in {self.registers} registers"
             faults.append(
                 f"{where}: {self.local_bytes} bytes of local memory a thread, {counts['STL']} stores and "
-                f"{counts['LDL']} loads; it should stay in {self.registers} registers"
+                f"{counts['LDL']} loads; {should}"
             )
         return faults
 

@@ -326,6 +326,15 @@ def test_what_triton_refuses(monkeypatch, numerics, changes, reason):
     assert given.startswith(reason) and bool(given) == bool(reason)
 
 
+def test_scales_of_tiles_stop_where_registers_do(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    triton = backend("sagebwd", "triton")
+    row, tile = (AttentionSpec(numerics="sagebwd", lowbit=LowBit(grad_scales=grain)) for grain in ("row", "tile"))
+    assert triton.refuses(facts(grad=True, head_dim=160), tile).startswith("has grad_scales='tile' up to head size 128")
+    assert not triton.refuses(facts(grad=True, head_dim=160), row)
+    assert not triton.refuses(facts(head_dim=160), tile) and not triton.refuses(facts(grad=True), tile)
+
+
 def test_options_that_a_kernel_lacks_are_refused():
     tile = AttentionSpec(numerics="sagebwd", lowbit=LowBit(grad_scales="tile"))
     assert backend("sagebwd", "hopper").refuses(facts(), tile).startswith("has grad_scales='row' only, 'tile' given")

@@ -212,6 +212,7 @@ SHAPES = [  # L_q, L_k, H, G, D, causal
     (200, 777, 3, 3, 40, False),
     (129, 640, 2, 1, 100, True),
 ]
+LARGE = [(200, 333, 2, 1, 160, True), (130, 300, 4, 2, 256, False)]
 
 
 def on_gpu(*tensors):
@@ -299,6 +300,15 @@ def test_gradients_on_a_gpu(kernel, scales, dtype, shape):
     for name, a, b in zip(("out", "dq", "dk", "dv"), results, reference, strict=True):
         bound = 0.04 if kernel == "hopper" and name == "dq" else 0.015  # Hopper's dQ is a product in 16 bits
         assert a.dtype == dtype and rel(a, b) < bound, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", LARGE)
+def test_heads_above_128_on_a_gpu(shape):
+    for numerics in ("int8_fp8", "int8_fp16", "sagebwd"):
+        test_forward_on_a_gpu(numerics, "triton", torch.bfloat16, shape)
+    test_gradients_on_a_gpu("triton", "row", torch.bfloat16, shape)
 
 
 @pytest.mark.parametrize(("numerics", "kernel"), GPU_KERNELS)

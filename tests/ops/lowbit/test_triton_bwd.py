@@ -63,6 +63,12 @@ def test_equals_the_reference(grain, queries, keys, heads, groups, size, causal)
     check(got, wanted)
 
 
+def test_heads_above_128_go_in_tiles_of_32():
+    given = problem(40, 130, 2, 1, 160)
+    assert triton_host.backward_launch(256, False) == (Launch(32, 8, 1), Launch(32, 8, 1))
+    check(gradients(triton_host, *given, LowBit(), causal=True), gradients(reference, *given, LowBit(), causal=True))
+
+
 @pytest.mark.parametrize("grain", ["row", "tile"])
 def test_strides_float32_scale_and_no_smoothing(grain):
     def mixed(x):

@@ -8,7 +8,7 @@ from typing import Any
 from allears.bench.attention.cases import MODES, Case, parse
 from allears.core.errors import require
 
-_OURS = ("#b2182b", "#ef8a62", "#762a83", "#4d4d4d", "#e7298a")
+_OURS = ("#b2182b", "#ef8a62", "#762a83", "#4d4d4d", "#e7298a", "#fdb863", "#8c510a")
 _PEERS = ("#2166ac", "#1b9e77", "#67a9cf", "#a6761d", "#7570b3")
 _TITLES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward + backward"}
 _ERRORS = {"fwd": ("rel_err", "output"), "bwd": ("rel_err_dq", "dQ"), "fwd+bwd": ("rel_err_dq", "dQ")}

@@ -4,6 +4,7 @@ Two versions of one package can be loaded in one process: each is imported with 
 taken out of ``sys.modules`` again. Its functions go on working, since they hold their modules themselves.
 """
 
+import hashlib
 import importlib
 import site
 import sys
@@ -64,6 +65,18 @@ def load(package: str, major: str, folders: Sequence[Path] = ()) -> tuple[Module
         _take_out(package)
         sys.modules.update(before)
     return module, found
+
+
+def sources(package: ModuleType) -> str:
+    """A hash of the names and contents of a package's Python files, where versions do not tell one from another."""
+    if package.__file__ is None:
+        return "no Python files"
+    folder = Path(package.__file__).parent
+    digest, files = hashlib.sha256(), sorted(folder.rglob("*.py"))
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return f"{len(files)} Python files of sha256 {digest.hexdigest()[:12]}"
 
 
 def _take_out(package: str) -> dict[str, ModuleType]:

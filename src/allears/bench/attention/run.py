@@ -12,7 +12,7 @@ from allears.bench import results
 from allears.bench.attention import cases, systems
 from allears.bench.attention.cases import Case, Shape
 from allears.bench.attention.check import Verdict, check, peak_bytes, timed_call
-from allears.bench.attention.inputs import OFFSET, Inputs, make_input_sets
+from allears.bench.attention.inputs import OFFSET, Inputs, make_input_sets, make_inputs
 from allears.bench.attention.peers import UnavailableError, add_folders
 from allears.bench.attention.reference import GradientSample, OutputSample, sample_gradients, sample_output
 from allears.bench.attention.settings import Settings
@@ -21,6 +21,7 @@ from allears.bench.timing import Stopwatch, Timing
 from allears.core.device import resolve_device
 
 logger = logging.getLogger(__name__)
+_SEEDS_APART = 1000  # of the inputs that errors are measured on, behind those that timed calls rotate among
 
 
 @dataclass
@@ -56,7 +57,7 @@ def measure(settings: Settings, on_case: Callable[[str], None] = lambda name: No
     report = Report()
     report.note(f"inputs: normal bfloat16, K with an offset of size {OFFSET} on each channel, seed {seed}; on {device}")
     loaded = load_systems(wanted, settings, device, report)
-    runner = Runner(device, loaded, report, seed, settings.quick)
+    runner = Runner(device, loaded, report, seed, settings.quick, settings.error_seeds)
     run_cases(runner, chosen, settings.minutes, started, on_case)
     for system, attend in loaded.items():
         if isinstance(attend, Ours):
@@ -102,15 +103,27 @@ def run_cases(
 
 
 class Runner:
-    """Checks and times systems; holds the inputs and exact answers of the shape at hand, which its cases share."""
+    """Checks and times systems; holds the inputs and exact answers of the shape at hand, which its cases share.
+
+    Args:
+        error_seeds: how many inputs the error of a forward pass is the mean of.
+    """
 
     def __init__(
-        self, device: torch.device, loaded: Mapping[System[Any], Any], report: Report, seed: int, quick: bool
+        self,
+        device: torch.device,
+        loaded: Mapping[System[Any], Any],
+        report: Report,
+        seed: int,
+        quick: bool,
+        error_seeds: int = 1,
     ) -> None:
+        self.error_seeds = error_seeds
         self.device, self.loaded, self.report, self.seed = device, loaded, report, seed
         self.stopwatch = Stopwatch(device, 0.02 if quick else 0.15)
         self.shape: Shape | None = None
         self.sets: list[Inputs] = []
+        self.others: list[tuple[Inputs, OutputSample]] = []
         self.out: OutputSample | None = None
         self.grads: GradientSample | None = None
         self.verdicts: dict[tuple[str, bool], Verdict | str] = {}
@@ -119,13 +132,13 @@ class Runner:
         self.prepare(case)
         right: list[tuple[System[Any], Callable[[int], object]]] = []
         for system in self.loaded:
-            if case.mode != "fwd" and not system.trains:
+            if (case.mode != "fwd" and not system.trains) or (system.shapes and case.shape.name not in system.shapes):
                 continue
             verdict = self.verdict(case, system)
             if isinstance(verdict, str):
                 self.report.note(f"{case.name}: {system.name}: no speed: {verdict}")
                 continue
-            self.rows(case, system, verdict.errors)
+            self.error_rows(case, system, verdict)
             if verdict.failure:
                 self.report.note(f"{case.name}: {system.name}: no speed: {verdict.failure}")
                 continue
@@ -139,6 +152,23 @@ class Runner:
             self.report.note(f"{case.name}: no speed: timing failed: {timings}")
             return
         self.timed(case, {system: timing for (system, _), timing in zip(right, timings, strict=True)})
+
+    def error_rows(self, case: Case, system: System[Any], verdict: Verdict) -> None:
+        """Rows of the errors; a right forward's is the mean over several inputs, with the lowest and the highest."""
+        others = [] if case.mode != "fwd" or verdict.failure else self.others
+        found = self.attempt(lambda: [self._error(case, system, inputs, out) for inputs, out in others])
+        if isinstance(found, str):
+            self.report.note(f"{case.name}: {system.name}: its error is of one input: {found}")
+        if isinstance(found, str) or not found:
+            self.rows(case, system, verdict.errors)
+            return
+        errors = [verdict.errors["rel_err"], *found]
+        row = (sum(errors) / len(errors), min(errors), max(errors), len(errors))
+        self.report.rows.append(results.row(case.name, system.name, "rel_err", *row))
+
+    def _error(self, case: Case, system: System[Any], inputs: Inputs, out: OutputSample) -> float:
+        with torch.no_grad():
+            return out.rel_err(self.attend(case, system)(*inputs.copies(), case.shape.causal))
 
     def attend(self, case: Case, system: System[Any]) -> Attend:
         """The function that the system runs on this case."""
@@ -158,12 +188,16 @@ class Runner:
     def prepare(self, case: Case) -> None:
         """Inputs and exact answers of the case's shape."""
         if case.shape != self.shape:
-            self.shape, self.sets, self.out, self.grads, self.verdicts = None, [], None, None, {}
+            self.shape, self.sets, self.others, self.out, self.grads, self.verdicts = None, [], [], None, None, {}
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.sets = make_input_sets(case.shape, self.device, self.seed)
             self.out = sample_output(self.sets[0], case.shape.causal, self.seed)
             self.shape = case.shape
+        if case.mode == "fwd" and not self.others:
+            for index in range(1, self.error_seeds):
+                inputs = make_inputs(case.shape, self.device, self.seed + _SEEDS_APART * index)
+                self.others.append((inputs, sample_output(inputs, case.shape.causal, self.seed + index)))
         if case.mode != "fwd" and self.grads is None:
             self.grads = sample_gradients(self.sets[0], case.shape.causal, self.seed)
 

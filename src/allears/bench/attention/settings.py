@@ -34,12 +34,17 @@ class Settings:
     """Folders made with "pip install --target", searched for peers besides the environment: so two versions of one
     package can be measured in one run."""
 
+    error_seeds: int = 3
+    """How many inputs the error of a forward pass is the mean of; its interval is from the lowest to the highest."""
+
     seed: int | None = None
     """Seed of the random inputs; a fresh one by default, which the notes name."""
 
     def __post_init__(self) -> None:
         if not self.minutes > 0:
             raise ValueError(f"minutes: {self.minutes} given; it must be positive")
+        if self.error_seeds < 1:
+            raise ValueError(f"error_seeds: {self.error_seeds} given; it must be at least 1")
 
     @property
     def case_names(self) -> tuple[str, ...]:

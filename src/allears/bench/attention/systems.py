@@ -5,7 +5,7 @@ to do to 16-bit tensors (smoothing, quantising, transposing) is inside it, and c
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from allears.bench.attention.cases import Shape
-from allears.bench.attention.peers import UnavailableError, load
+from allears.bench.attention.peers import UnavailableError, load, sources
 from allears.ops.attention import AttentionSpec, Numerics, attention, explain
 
 Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
@@ -47,19 +47,24 @@ class System(Generic[Loaded]):
         load: gives the function and what it is (version, kernel), or raises :class:`UnavailableError`.
         trains: whether it has gradients.
         bounds: relative errors of the output and of a gradient above which it gets no speed.
+        shapes: names of the shapes that it is measured at unless it is asked for by name; all if empty.
     """
 
     name: str
     load: Callable[[Machine], tuple[Loaded, str]]
     trains: bool
     bounds: tuple[float, float | None]
+    shapes: tuple[str, ...] = ()
 
 
 class Ours:
-    """This library's attention of one kind of numerics. On a GPU the reference, not made for speed, is refused."""
+    """This library's attention of one spec, causal or not as it is called.
 
-    def __init__(self, numerics: Numerics) -> None:
-        self._specs = {causal: AttentionSpec(numerics=numerics, causal=causal) for causal in (False, True)}
+    On a GPU the reference, not made for speed, is refused.
+    """
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self._specs = {causal: replace(spec, causal=causal) for causal in (False, True)}
         self._kernels: dict[tuple[Any, ...], str] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -92,10 +97,12 @@ class Ours:
         return {kernel: ", ".join(calls) for kernel, calls in words.items()}
 
 
-def _ours(numerics: Numerics, trains: bool = False) -> Callable[[Machine], tuple[Attend, str]]:
+def _ours(numerics: Numerics, trains: bool = False, kernel: str = "auto") -> Callable[[Machine], tuple[Attend, str]]:
     def load_ours(machine: Machine) -> tuple[Attend, str]:
-        ours = Ours(numerics)
+        ours = Ours(AttentionSpec(kernel, numerics=numerics))
         probe = torch.zeros(1, 256, 1, 128, dtype=torch.bfloat16, device=machine.device, requires_grad=trains)
+        if kernel != "auto" and Ours(AttentionSpec(numerics=numerics)).kernel(probe, probe, probe, False) == kernel:
+            raise UnavailableError(f"numerics {numerics!r} run kernel {kernel!r} here by themselves")
         return ours, f"kernel {ours.kernel(probe, probe, probe, False)} at head size 128"
 
     return load_ours
@@ -141,19 +148,24 @@ def _sage(major: str) -> Callable[[Machine], tuple[Attend, str]]:
     def load_sage(machine: Machine) -> tuple[Attend, str]:
         machine.need_gpu()
         module, found = load("sageattention", major, machine.peer_folders)
+        about = f"sageattention {found}, {sources(module)}"
 
         def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
             return module.sageattn(q, k, v, tensor_layout="NHD", is_causal=causal)
 
-        return attend, f"sageattention {found}"
+        return attend, about
 
     return load_sage
 
 
+TRITON_SHAPES = ("1x32760x12x128", "4x8192x16x128", "4x8192x16x128 causal", "4x8192x16x64")
+"""Where the kernels that a Hopper GPU has better ones for are measured too: other GPUs run them."""
 SYSTEMS: tuple[System[Attend], ...] = (
     System("allears-int8fp8", _ours("int8_fp8"), False, INT8),
     System("allears-int8fp16", _ours("int8_fp16"), False, INT8),
     System("allears-sagebwd", _ours("sagebwd", trains=True), True, INT8),
+    System("allears-int8fp8-triton", _ours("int8_fp8", kernel="triton"), False, INT8, TRITON_SHAPES),
+    System("allears-sagebwd-triton", _ours("sagebwd", trains=True, kernel="triton"), True, INT8, TRITON_SHAPES),
     System("allears-nvfp4", _ours("nvfp4"), False, FP4),
     System("allears-exact", _ours("exact", trains=True), True, BF16),
     System("fa2", _torch("FLASH_ATTENTION"), True, BF16),
@@ -179,4 +191,4 @@ def pick(names: Sequence[str], of: Sequence[System[Loaded]]) -> list[System[Load
     for name in names:
         if name not in known:
             raise ValueError(f"systems: {name!r} is unknown; known are {', '.join(known)}")
-    return [known[name] for name in names] if names else list(of)
+    return [replace(known[name], shapes=()) for name in names] if names else list(of)

@@ -9,6 +9,7 @@ from allears.bench.linear.run import series
 
 _STYLES = {
     "allears": {"color": "#b2182b", "marker": "o", "linewidth": 2.2, "markersize": 5},
+    "allears-graph": {"color": "#762a83", "marker": "o", "linewidth": 1.3, "markersize": 4},
     "allears-reference": {"color": "#ef8a62", "marker": "o", "linewidth": 1.3, "markersize": 4},
     "softmax": {"color": "#2166ac", "marker": "s", "linewidth": 1.3, "markersize": 4, "linestyle": "--"},
 }

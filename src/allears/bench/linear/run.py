@@ -7,7 +7,8 @@ Shapes: B = 1, L tokens, H heads, D head size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from allears.bench.linear.settings import SHAPES, Settings
 from allears.bench.timing import Stopwatch
 from allears.core.device import resolve_device
 from allears.ops.attention.linear.call import linear_attention
+from allears.turbo.graphs import Replayed
 
 TAPS = 5
+GRAPH = "allears-graph"
 BOUND = 0.015
 """Relative L2 error against the reference in float32, above which there is no speed."""
 _ROTATE_BYTES, _MAX_SETS = 2**28, 4
@@ -63,7 +66,7 @@ def attend(system: str, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Tens
     if system == "softmax":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    kernel = "triton" if system == "allears" else "reference"
+    kernel = "reference" if system == "allears-reference" else "triton"
     return linear_attention(
         q, k, v, scale=inputs.scale, conv_weight=inputs.weight, conv_bias=inputs.bias, kernel=kernel
     )
@@ -88,6 +91,9 @@ def measure(settings: Settings, on_case: Callable[[str], None] = lambda name: No
         f"copy bandwidth: {bandwidth / 1e9:.0f} GB/s, bytes read and written, of a copy of {_COPY_BYTES[device.type]} "
         "bytes; bandwidth_frac is the bytes of q, k, v and the output, each once, over the time and this"
     )
+    if GRAPH in settings.systems and device.type != "cuda":
+        report.note(f"{GRAPH}: not available: CUDA graphs need a CUDA GPU; this is {device}")
+        settings = replace(settings, systems=tuple(name for name in settings.systems if name != GRAPH))
     for heads, size in SHAPES:
         for length in settings.tokens:
             case = case_name(length, heads, size)
@@ -129,14 +135,15 @@ def _run(
         if system == "softmax" and length > settings.dense_up_to:
             continue
         try:
-            if system == "allears":
-                error = _error(sets[0])
+            calls = _calls(system, sets, settings.backward)
+            if system in ("allears", GRAPH):
+                error = _error(calls["ms"], sets[0])
                 report.rows.append(results.row(case, system, "rel_err", error))
                 if not error <= BOUND:
                     report.note(f"{case}: {system}: no speed: its error {error:.3g} is above {BOUND}")
                     continue
-            for metric, call in _calls(system, sets, settings.backward).items():
-                peak = peak_bytes(call, device)
+            for metric, call in calls.items():
+                peak = None if system == GRAPH else peak_bytes(call, device)
                 if peak is not None:
                     name = "peak_gb" if metric == "ms" else "fwd_bwd_peak_gb"
                     report.rows.append(results.row(case, system, name, peak / 1e9))
@@ -151,23 +158,37 @@ def _run(
             report.rows.append(results.row(case, system, "bandwidth_frac", share))
 
 
-def _error(inputs: Inputs) -> float:
-    """Of the kernel's output, against the reference's."""
+def _error(forward: Callable[[int], Tensor], inputs: Inputs) -> float:
+    """Of the output of ``forward(0)``, against the reference's."""
     with torch.no_grad():
-        out, wanted = (attend(name, inputs, inputs.q, inputs.k, inputs.v) for name in ("allears", "allears-reference"))
-        return float((out.float() - wanted.float()).norm() / wanted.float().norm())
+        wanted = attend("allears-reference", inputs, inputs.q, inputs.k, inputs.v).float()
+        return float((forward(0).float() - wanted).norm() / wanted.norm())
 
 
-def _calls(system: str, sets: list[Inputs], backward: bool) -> dict[str, Callable[[int], object]]:
-    def forward(index: int) -> object:
+def _replays(sets: list[Inputs]) -> Callable[[int], Tensor]:
+    """The kernel's forward as a graph of each set of inputs."""
+    graphs = [Replayed(partial(attend, GRAPH, inputs), inputs.q, inputs.k, inputs.v) for inputs in sets]
+
+    def forward(index: int) -> Tensor:
+        graph = graphs[index % len(graphs)]
+        return graph(*graph.inputs)
+
+    return forward
+
+
+def _calls(system: str, sets: list[Inputs], backward: bool) -> dict[str, Callable[[int], Tensor]]:
+    if system == GRAPH:
+        return {"ms": _replays(sets)}
+
+    def forward(index: int) -> Tensor:
         inputs = sets[index % len(sets)]
         with torch.no_grad():
             return attend(system, inputs, inputs.q, inputs.k, inputs.v)
 
-    def both(index: int) -> object:
+    def both(index: int) -> Tensor:
         inputs = sets[index % len(sets)]
         leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
-        return torch.autograd.grad(attend(system, inputs, *leaves), leaves, inputs.grad)
+        return torch.autograd.grad(attend(system, inputs, *leaves), leaves, inputs.grad)[0]
 
     return {"ms": forward, "fwd_bwd_ms": both} if backward else {"ms": forward}
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-SYSTEMS = ("allears", "allears-reference", "softmax")
+SYSTEMS = ("allears", "allears-graph", "allears-reference", "softmax")
 SHAPES = ((8, 64), (8, 16))
 """Heads and head size: that of the dense kernels' benchmarks, and that of FLASepformer's layers."""
 
@@ -20,7 +20,8 @@ class Settings:
     """Numbers of tokens."""
 
     systems: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = SYSTEMS
-    """allears (the kernel), allears-reference (PyTorch in float32), softmax (torch's dense attention)."""
+    """allears (the kernel), allears-graph (its forward as a CUDA graph), allears-reference (PyTorch in float32),
+    softmax (torch's dense attention)."""
 
     dense_up_to: int = 2**17
     """The longest length for softmax attention, whose time grows with the square."""

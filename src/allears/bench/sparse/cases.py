@@ -10,7 +10,7 @@ from allears.bench.attention.cases import parse as parse_dense
 
 @dataclass(frozen=True)
 class SparseCase(Case):
-    """Bidirectional attention in one direction, of which ``sparsity`` of the key blocks are not read exactly."""
+    """Attention in one direction, of which ``sparsity`` of the key blocks are not read exactly."""
 
     sparsity: float
 
@@ -30,10 +30,10 @@ class SparseCase(Case):
 
 
 def parse(text: str) -> SparseCase:
-    """``"MODE BxLxHxD s0.97"`` as a case.
+    """``"MODE BxLxHxD[ causal] s0.97"`` (``BxLxH/GxD`` with G key heads) as a case.
 
     Raises:
-        ValueError: the text is no such name, causal, or its sparsity is not in [0, 1).
+        ValueError: the text is no such name, or its sparsity is not in [0, 1).
     """
     dense, _, sparsity = text.strip().rpartition(" s")
     try:
@@ -42,12 +42,10 @@ def parse(text: str) -> SparseCase:
         share = -1.0
     if not dense or not 0 <= share < 1:
         raise ValueError(
-            f"cases: {text!r} is neither a group ({', '.join(GROUPS)}) nor 'MODE BxLxHxD sX' with a sparsity X from 0 "
-            "to below 1, for instance 'fwd 1x32760x12x128 s0.97'"
+            f"cases: {text!r} is neither a group ({', '.join(GROUPS)}) nor 'MODE BxLxHxD[ causal] sX' with a sparsity "
+            "X from 0 to below 1, for instance 'fwd 1x32760x12x128 s0.97'"
         )
     case = parse_dense(dense)
-    if case.shape.causal:
-        raise ValueError(f"cases: {text!r} is causal; the peers are not, so leave 'causal' out")
     return SparseCase(case.mode, case.shape, share)
 
 
@@ -59,10 +57,16 @@ SPARSITIES = (0.90, 0.95, 0.97)
 GROUPS: dict[str, tuple[SparseCase, ...]] = {
     "video": _each(["fwd", "bwd"], "1x32760x12x128", SPARSITIES),
     "long": _each(["fwd"], "1x75600x40x128", SPARSITIES),
-    "quick": (*_each(["fwd", "bwd"], "1x600x2x64", [0.7]), *_each(["fwd", "bwd"], "1x513x2x32", [0.5])),
+    "shapes": (
+        *_each(["fwd", "bwd"], "1x32760x12x64", [0.97]),
+        *_each(["fwd", "bwd"], "1x32760x12x128 causal", [0.97]),
+        *_each(["fwd", "bwd"], "1x32760x12/4x128", [0.97]),
+    ),
+    "quick": (*_each(["fwd", "bwd"], "1x600x2x64", [0.7]), *_each(["fwd", "bwd"], "1x513x4/2x32 causal", [0.5])),
 }
-"""Named sets of cases: two shapes of video models (81 frames at 480p and at 720p), and tiny ones that a CPU can run."""
-DEFAULT_GROUPS = ("video", "long")
+"""Named sets of cases: two shapes of video models (81 frames at 480p and at 720p), the first also
+with a head size of 64, causal, and with shared key heads, and tiny ones that a CPU can run."""
+DEFAULT_GROUPS = ("video", "long", "shapes")
 
 
 def select(names: Iterable[str]) -> list[SparseCase]:

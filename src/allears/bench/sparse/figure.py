@@ -49,7 +49,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, subtitle: str = "") -> P
 
 
 def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
-    """Title -> system -> sparsity -> ms, sparsities rising.
+    """Title -> system -> sparsity -> ms, sparsities rising; of shapes with several sparsities, or of all if none has.
 
     Raises:
         ValueError: no case was timed.
@@ -60,8 +60,9 @@ def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
         found[case.dense_name][row["system"]][case.sparsity] = row["value"]
     if not found:
         raise ValueError("rows: no case was timed, so there is nothing to draw; the notes say why")
-    order = dict.fromkeys(parse(row["case"]).dense_name for row in rows)
-    return {_title(name): found[name] for name in order if name in found}
+    names = [name for name in dict.fromkeys(parse(row["case"]).dense_name for row in rows) if name in found]
+    lines = [name for name in names if max(map(len, found[name].values())) > 1]
+    return {_title(name): found[name] for name in lines or names}
 
 
 def _title(dense_name: str) -> str:

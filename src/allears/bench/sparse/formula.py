@@ -12,7 +12,7 @@ from torch import Tensor
 
 from allears.bench.attention.inputs import Inputs
 from allears.bench.attention.reference import GradientSample, OutputSample, full_precision, picked
-from allears.ops.attention.sparse_linear.blocks import Blocks
+from allears.ops.attention.sparse_linear.blocks import Blocks, Geometry, map_from_blocks
 from allears.ops.attention.sparse_linear.options import SparseLinear
 from allears.ops.attention.sparse_linear.reference import sparse_linear_reference
 
@@ -32,7 +32,8 @@ class Formula:
         proj: of the form ``sla``: weight and bias.
         router: projections (H, D, D) of pooled queries and (G, D, D) of pooled keys that its scores come from, where
             its choice of blocks is to be checked too.
-        keep: share of the key blocks that it is to pick; read with ``router``.
+        keep: share of the visible key blocks that it is to pick; read with ``router``.
+        causal: a query sees itself and what came before.
     """
 
     blocks: Blocks
@@ -41,6 +42,7 @@ class Formula:
     proj: tuple[Tensor, Tensor | None] | None = None
     router: tuple[Tensor, Tensor] | None = None
     keep: float = 1.0
+    causal: bool = False
 
 
 def sample_output(inputs: Inputs, formula: Formula, seed: int = 0) -> OutputSample:
@@ -90,22 +92,41 @@ def router_gap(inputs: Inputs, formula: Formula, seed: int = 0) -> float:
     roundings cost next to nothing, random blocks about 2. Infinite if their number is not what ``keep`` says.
     """
     assert formula.router is not None, "there is a router to check"
-    chosen = _query_blocks(inputs, formula, seed)
-    proj_q, proj_k = (proj.detach().float() for proj in formula.router)
+    rows, count, _ = formula.blocks
+    listed = torch.arange(rows.shape[-1], device=rows.device) < count[..., None]
+    if bool((rows < 0)[listed].any()):
+        return float("inf")
+    chosen, options = _query_blocks(inputs, formula, seed), formula.options
+    geometry = Geometry.of(inputs.q, inputs.k, options, formula.causal)
+    picked = map_from_blocks(formula.blocks, geometry.n_k)
+    seen, forced = (blocks[0, 0] for blocks in (geometry.visible(rows.device), geometry.forced(rows.device)))
+    scores, gaps = _scores(inputs, formula.router, formula, chosen), []
+    for place, row in enumerate(chosen.tolist()):
+        own, must, read = scores[:, :, place, seen[row]], forced[row, seen[row]], picked[:, :, row]
+        wanted = max(1, int(must.sum()), int(formula.keep * own.shape[-1] + 1e-4))
+        if bool((read & ~seen[row]).any()) or bool((read.sum(-1) != wanted).any()):
+            return float("inf")
+        if wanted == own.shape[-1]:
+            gaps.append(0.0)
+            continue
+        best = own.gather(-1, own.masked_fill(must, torch.inf).topk(wanted).indices).mean(-1)
+        found = own[read[..., seen[row]]].unflatten(0, (*own.shape[:2], wanted)).mean(-1)
+        gaps.append(((best - found) / own.std(-1)).mean().item())
+    return sum(gaps) / len(gaps)
+
+
+def _scores(inputs: Inputs, projections: tuple[Tensor, Tensor], formula: Formula, chosen: Tensor) -> Tensor:
+    """Scores (B, H, chosen blocks of queries, N_k) in float32, from the means of blocks."""
+    proj_q, proj_k = (proj.detach().float() for proj in projections)
     share = inputs.q.shape[2] // inputs.k.shape[2]
     with full_precision():
         blocks_of_q = inputs.q.split(formula.options.block_q, 1)
         pooled_q = torch.stack([blocks_of_q[i].float().mean(1) for i in chosen.tolist()], 2)
         pooled_k = torch.stack([x.float().mean(1) for x in inputs.k.split(formula.options.block_k, 1)], 2)
-        pooled_k = pooled_k - inputs.k.float().mean(1)[:, :, None]
+        if formula.options.smooth_k and not formula.causal:
+            pooled_k = pooled_k - inputs.k.float().mean(1)[:, :, None]
         keys = (pooled_k @ proj_k).repeat_interleave(share, 1)
-        scores = (pooled_q @ proj_q) @ keys.transpose(-1, -2)
-        count = max(1, int(formula.keep * scores.shape[-1] + 1e-4))
-        own = formula.blocks.rows[:, :, chosen, :count]
-        if bool((formula.blocks.count[:, :, chosen] != count).any()) or own.shape[-1] < count or bool((own < 0).any()):
-            return float("inf")
-        best = scores.topk(count).values.mean(-1)
-        return ((best - scores.gather(-1, own.long()).mean(-1)) / scores.std(-1)).mean().item()
+        return (pooled_q @ proj_q) @ keys.transpose(-1, -2)
 
 
 def _query_blocks(inputs: Inputs, formula: Formula, seed: int) -> Tensor:
@@ -124,10 +145,27 @@ def _rows_of(blocks: Tensor, formula: Formula, length: int, device: torch.device
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, formula: Formula, batch: int, heads: slice, chosen: Tensor) -> Tensor:
     """The reference on the queries of chosen blocks: q (1, N, R, D) of these heads, k and v (1, L, 1, D)."""
-    own = slice(batch, batch + 1)
+    if not formula.causal:
+        return _reference_of(q, k, v, formula, batch, heads, chosen)
+    parts, start, size = [], 0, formula.options.block_q
+    for block in chosen:  # up to its last row: the rows of a call are aligned at the bottom right
+        end = min((int(block) + 1) * size, k.shape[1])
+        rows = end - int(block) * size
+        own = q[:, start : start + rows]
+        parts.append(_reference_of(own, k[:, :end], v[:, :end], formula, batch, heads, block[None]))
+        start += rows
+    return torch.cat(parts, 1)
+
+
+def _reference_of(
+    q: Tensor, k: Tensor, v: Tensor, formula: Formula, batch: int, heads: slice, chosen: Tensor
+) -> Tensor:
+    own, n_k = slice(batch, batch + 1), -(-k.shape[1] // formula.options.block_k)
     rows, count, linear = formula.blocks
     blocks = Blocks(
-        rows[own, heads, chosen], count[own, heads, chosen], None if linear is None else linear[own, heads, chosen]
+        rows[own, heads, chosen, :n_k],
+        count[own, heads, chosen],
+        None if linear is None else linear[own, heads, chosen, :n_k],
     )
     ratio = formula.ratio
     if ratio is not None:
@@ -137,4 +175,4 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, formula: Formula, batch: int, he
     if proj is not None:
         proj = (proj[0].detach(), None if proj[1] is None else proj[1].detach())
     options = replace(formula.options, precision="exact")
-    return sparse_linear_reference(q, k, v, blocks, ratio, options, proj=proj)[0]
+    return sparse_linear_reference(q, k, v, blocks, ratio, options, proj=proj, causal=formula.causal)[0]

@@ -18,7 +18,7 @@ from allears.bench.sparse import cases, systems
 from allears.bench.sparse.cases import SparseCase
 from allears.bench.sparse.formula import Formula, router_gap, sample_gradients, sample_output
 from allears.bench.sparse.settings import Settings
-from allears.bench.sparse.systems import Ours, Prepared
+from allears.bench.sparse.systems import Ours, Prepared, TrainingFree
 from allears.bench.timing import Timing
 from allears.core.device import resolve_device
 
@@ -44,14 +44,15 @@ def measure(settings: Settings, on_case: Callable[[str], None] = lambda name: No
     report.note(f"inputs: normal bfloat16, K with an offset of size {OFFSET} on each channel, seed {seed}; on {device}")
     report.note(
         "errors: of dense kernels against dense attention; of our modules against their exact form on the blocks that "
-        "they picked, and these blocks against the best; of SLA and SageSLA against the softmax branch on their own "
-        "blocks, since their linear branch covers all keys and is multiplied by zero in a new module"
+        "they picked, and these blocks against the best; of SLA, SageSLA and SpargeAttn against the softmax branch on "
+        "their own blocks, since the linear branch of the first two covers all keys and is multiplied by "
+        "zero in a new module"
     )
     loaded = load_systems(wanted, settings, device, report)
     runner = SparseRunner(device, loaded, report, seed, settings.quick)
     run_cases(runner, chosen, settings.minutes, started, on_case)
     for system, make in loaded.items():
-        if isinstance(make, Ours):
+        if isinstance(make, Ours | TrainingFree):
             report.notes += [f"{system.name}: kernel {kernel} ran {calls}" for kernel, calls in make.ran().items()]
     return report
 
@@ -107,7 +108,7 @@ class SparseRunner(Runner):
             least = self._dense_peak(case)
             assert least is not None, "both are measured on one device"
             self.rows(case, system, {"extra_memory_frac": (peak - least) / _input_bytes(sets[0])})
-        call = timed_call(attend, sets, False, case.mode)
+        call = timed_call(attend, sets, case.shape.causal, case.mode)
         call(0)  # what is compiled or tuned at first use is not timed
         return call
 
@@ -141,7 +142,7 @@ class SparseRunner(Runner):
 
     def _peak(self, attend: Attend, sets: list[Inputs], case: Case) -> int | None:
         """Most memory of a call above what is held before; of backward together with its forward."""
-        call = timed_call(attend, sets[:1], False, "fwd" if case.mode == "fwd" else "fwd+bwd")
+        call = timed_call(attend, sets[:1], case.shape.causal, "fwd" if case.mode == "fwd" else "fwd+bwd")
         call(0)
         return peak_bytes(call, self.device)
 

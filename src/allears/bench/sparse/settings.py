@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import tyro
+
 from allears.bench.attention.settings import Names
 from allears.bench.attention.settings import Settings as AttentionSettings
 
@@ -11,7 +13,9 @@ class Settings(AttentionSettings):
     """Which systems of sparse attention run which cases, and for how long."""
 
     cases: Names = ()
-    """Groups (video, long, quick) or single cases like "fwd 1x32760x12x128 s0.97"; all groups but quick by default."""
+    """Groups (video, long, shapes, quick) or single cases like "fwd 1x32760x12x128 s0.97"; all but quick by default."""
+
+    error_seeds: tyro.conf.Suppress[int] = 1  # each system has its own formula, on one input
 
     minutes: float = 6.0
     """Stop after about this many minutes; the cases left are named."""

@@ -15,9 +15,13 @@ from allears.bench.attention.peers import UnavailableError
 from allears.bench.attention.systems import INT8, Attend, Machine, System
 from allears.bench.sparse.cases import SparseCase
 from allears.bench.sparse.formula import Formula
-from allears.bench.sparse.peers import load_sagesla, load_sla
+from allears.bench.sparse.peers import load_sagesla, load_sla, load_spargeattn
 from allears.nn.sparse_linear_attention import SparseLinearAttention
+from allears.ops.attention import AttentionSpec, Numerics
 from allears.ops.attention.sparse_linear import SparseLinear, explain_sparse_linear
+from allears.ops.attention.sparse_linear.spargeattn import spargeattn_blocks
+from allears.ops.attention.sparse_linear.training_free import options_of
+from allears.ops.attention.sparsity import Sparsity
 from allears.turbo.graphs import Replayed
 
 SPARSE = (0.015, 0.04)  # bounds on the relative error of the output, and of each gradient, for 16-bit products
@@ -30,7 +34,7 @@ class Prepared:
     """A system made for a case.
 
     Args:
-        attend: q, k, v (B, L, H, D) to (B, L, H, D); the fourth argument is not read.
+        attend: q, k, v and whether the call is causal, which our modules know from the case, to (B, L, H, D).
         formula: what it computes for a q and k. ``None``: dense attention.
         replays: its memory is held between calls, so that a call's is not told.
         heads_first: its own layout is (B, H, L, D): it is timed on tensors that lie so in memory, and no transposition
@@ -82,6 +86,7 @@ class Ours:
                 proj=None if proj is None else (proj.weight, proj.bias),
                 router=None if router is None else (router.proj_q, router.proj_k),
                 keep=case.keep,
+                causal=module.causal,
             )
 
         return Prepared(attend, formula, replays=self.graph)
@@ -90,7 +95,7 @@ class Ours:
         """A module with projections, ratios and biases that are not those it starts with, alike for equal cases."""
         shape = case.shape
         module = SparseLinearAttention(
-            shape.heads, shape.head_dim, case.keep, self.options, kv_heads=shape.kv_heads
+            shape.heads, shape.head_dim, case.keep, self.options, kv_heads=shape.kv_heads, causal=shape.causal
         ).to(self.device)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -121,13 +126,52 @@ def kernel(module: SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor) -> st
     proj = None if module.proj is None else (module.proj.weight, module.proj.bias)
     ratio = None if module.ratio is None else module.ratio()
     try:
-        choice = explain_sparse_linear(q, k, v, module.route(q, k), ratio, module.options, proj=proj)
+        choice = explain_sparse_linear(
+            q, k, v, module.route(q, k), ratio, module.options, proj=proj, causal=module.causal
+        )
     except (ValueError, ImportError) as error:
         raise UnavailableError(str(error)) from error
     if q.is_cuda and "reference" in choice.kernel:
         why = "; ".join(f"{name}: {reason}" for name, reason in choice.refused.items())
         raise UnavailableError(f"only the reference runs on this GPU ({why or 'no kernel of its own'})")
     return choice.kernel
+
+
+class TrainingFree:
+    """The training-free choice of blocks, through the spec of :func:`~allears.ops.attention.attention`."""
+
+    def __init__(self, numerics: Numerics) -> None:
+        self.numerics: Numerics = numerics
+        self._made: list[dense.Ours] = []
+
+    def __call__(self, case: SparseCase) -> Prepared:
+        sparsity, causal = Sparsity(keep=case.keep), case.shape.causal
+        ours = dense.Ours(AttentionSpec(numerics=self.numerics, sparse=sparsity))
+        self._made.append(ours)
+
+        def formula(q: Tensor, k: Tensor) -> Formula:
+            options = options_of(sparsity, "exact")
+            blocks = spargeattn_blocks(q, k, keep=case.keep, options=options, causal=causal)
+            eye = torch.eye(q.shape[-1], device=q.device)
+            router = (eye.expand(q.shape[2], -1, -1), eye.expand(k.shape[2], -1, -1))
+            return Formula(blocks, options, router=router, keep=case.keep, causal=causal)
+
+        return Prepared(ours, formula)
+
+    def ran(self) -> dict[str, str]:
+        """What each kernel ran, in words: for the notes of a run."""
+        words: dict[str, dict[str, None]] = {}
+        for ours in self._made:
+            for name, calls in ours.ran().items():
+                words.setdefault(name, {})[calls] = None
+        return {name: ", ".join(calls) for name, calls in words.items()}
+
+
+def _training_free(numerics: Numerics) -> Callable[[Machine], tuple[Make, str]]:
+    def load_training_free(machine: Machine) -> tuple[Make, str]:
+        return TrainingFree(numerics), f"AttentionSpec(numerics={numerics!r}, sparse=Sparsity(keep=...))"
+
+    return load_training_free
 
 
 def _ours(options: SparseLinear, graph: bool = False) -> Callable[[Machine], tuple[Make, str]]:
@@ -163,10 +207,13 @@ SYSTEMS: tuple[System[Make], ...] = (
     System("allears-sla2-int8fp8", _ours(SparseLinear(precision="int8_fp8")), True, INT8),
     System("allears-sla2-int8fp8-graph", _ours(SparseLinear(precision="int8_fp8"), True), False, INT8),
     System("allears-sla", _ours(SparseLinear(form="sla")), True, SPARSE),
+    System("allears-sparse", _training_free("exact"), True, SPARSE),
+    System("allears-sparse-int8fp8", _training_free("int8_fp8"), False, INT8),
     _dense("fa2"),
     _dense("cudnn"),
     System("sla-triton", _peer(load_sla), True, SPARSE),
     System("sagesla", _peer(load_sagesla), False, SAGESLA),
+    System("spargeattn", _peer(load_spargeattn), False, SAGESLA),
 )
 
 

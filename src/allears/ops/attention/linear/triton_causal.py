@@ -520,13 +520,13 @@ def aot_cases() -> list[AotCase]:
     scan = {"SIZE": 8 * 64 * 65, "STEP": 16, "BLOCK": 128}
     chips, two = (80, 90, 100, 120), (80, 90)
     return [
-        aot_case("linear_causal_out_64", causal_output_kernel, chips, (8, 2), wide, (*of_out, "conv"), spills=True),
+        aot_case("linear_causal_out_64", causal_output_kernel, chips, (8, 2), wide, (*of_out, "conv"), spills=360),
         aot_case("linear_causal_out_16", causal_output_kernel, two, (4, 2), small, (*of_out, "conv")),
-        aot_case("linear_causal_out_128", causal_output_kernel, two, (8, 1), large, of_out, spills=True),
-        aot_case("linear_causal_dq_64", causal_queries_gradient_kernel, chips, (8, 2), wide, of_q, spills=True),
+        aot_case("linear_causal_out_128", causal_output_kernel, two, (8, 1), large, of_out, spills=360),
+        aot_case("linear_causal_dq_64", causal_queries_gradient_kernel, chips, (8, 2), wide, of_q, spills=800),
         aot_case("linear_causal_dq_16", causal_queries_gradient_kernel, two, (4, 2), small, of_q),
-        aot_case("linear_causal_dk_64", causal_keys_gradient_kernel, chips, (8, 2), wide, of_k, spills=True),
+        aot_case("linear_causal_dk_64", causal_keys_gradient_kernel, chips, (8, 2), wide, of_k, spills=1000),
         aot_case("linear_causal_dk_16", causal_keys_gradient_kernel, two, (4, 2), small, of_k),
-        aot_case("linear_scan", scan_kernel, two, (4, 3), {**scan, "REVERSE": False}, ("initial",)),
+        aot_case("linear_scan", scan_kernel, chips, (4, 3), {**scan, "REVERSE": False}, ("initial",)),
         aot_case("linear_scan_reverse", scan_kernel, two, (4, 3), {**scan, "REVERSE": True}),
     ]

@@ -376,7 +376,7 @@ def aot_case(
     launch: tuple[int, int],
     constants: dict[str, Any],
     given: tuple[str, ...] = (),
-    spills: bool = False,
+    spills: int = 0,
 ) -> AotCase:
     """A kernel for bfloat16 with adjoining channels. ``launch``: warps and stages; ``given``: those of the optional
     pointers that are not None. Its products, where it has any, must be matrix instructions."""
@@ -456,4 +456,4 @@ def norms_kernel(
 def aot_cases() -> list[AotCase]:
     """The norms of twelve heads of 128."""
     shape = {"H": 12, "D": 128, "W": 128, "SIDE": 1, "ROWS": 64, "POWER": 3}
-    return [aot_case("linear_norms", norms_kernel, (80, 90), (8, 3), shape, ("norms",))]
+    return [aot_case("linear_norms", norms_kernel, (80, 90, 100, 120), (8, 3), shape, ("norms",))]

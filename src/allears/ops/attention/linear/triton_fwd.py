@@ -393,13 +393,13 @@ def aot_cases() -> list[AotCase]:
     chips, two = (80, 90, 100, 120), (80, 90)
     return [
         aot_case("linear_states_64", states_kernel, (90,), (8, 2), wide, ("scale",)),
-        aot_case("linear_states_64_others", states_kernel, (80, 100, 120), (8, 2), wide, ("scale",), spills=True),
+        aot_case("linear_states_64_others", states_kernel, (80, 100, 120), (8, 2), wide, ("scale",), spills=64),
         aot_case("linear_states_16", states_kernel, chips, (4, 3), small, ("scale",)),
         aot_case("linear_states_128", states_kernel, two, (8, 2), single, ("norms",)),
-        aot_case("linear_states_weighted", states_kernel, two, (8, 2), wide, ("weight", "shift"), spills=True),
+        aot_case("linear_states_weighted", states_kernel, two, (8, 2), wide, ("weight", "shift"), spills=64),
         aot_case("linear_output_64", output_kernel, chips, (8, 2), {**wide, "TAPS": 5}, conv),
         aot_case("linear_output_16", output_kernel, (80, 90, 100), (4, 3), {**small, "TAPS": 5}, conv),
-        aot_case("linear_output_16_120", output_kernel, (120,), (4, 3), {**small, "TAPS": 5}, conv, True),  # 8 bytes
+        aot_case("linear_output_16_120", output_kernel, (120,), (4, 3), {**small, "TAPS": 5}, conv, 16),
         aot_case("linear_output_128", output_kernel, two, (8, 2), {**single, "TAPS": 0}, ("norms",)),
-        aot_case("linear_mean", mean_kernel, two, (4, 3), mean),
+        aot_case("linear_mean", mean_kernel, chips, (4, 3), mean),
     ]

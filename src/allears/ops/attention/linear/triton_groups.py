@@ -317,7 +317,7 @@ def aot_cases() -> list[AotCase]:
     alone = {"D": 16, "KIND": "softmax", "POWER": 1, "JOINT": False}
     chips = (90,)
     return [
-        aot_case("linear_group_states_64", group_states_kernel, chips, (8, 2), wide, ("inverse",), True),
+        aot_case("linear_group_states_64", group_states_kernel, chips, (8, 2), wide, ("inverse",), 48),
         aot_case("linear_group_states_16", group_states_kernel, chips, (4, 2), {**wide, "H": 8, "D": 16}, ("inverse",)),
         aot_case("linear_group_states_by_head", group_states_kernel, (90,), (4, 2), {**wide, **alone}),
         aot_case("linear_group_output_64", group_output_kernel, chips, (8, 1), output, given),

@@ -220,6 +220,11 @@ def _refuses_triton(facts: Facts, spec: AttentionSpec) -> str:
         return _refuses_nvfp4(facts)
     if spec.lowbit.smooth_q:
         return _SMOOTH_Q
+    if facts.grad and spec.lowbit.grad_scales == "tile" and facts.head_dim > 128 and not interpreted():
+        return (
+            f"has grad_scales='tile' up to head size 128, as registers do not hold its tiles; {facts.head_dim} given; "
+            "use grad_scales='row'"
+        )
     return _refuses_reference(facts, spec)
 
 

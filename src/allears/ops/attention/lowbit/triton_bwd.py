@@ -501,15 +501,23 @@ _PRODUCTS = {
 }
 
 
-def _cases(suffix: str, packed: bool, stages: int, chips: tuple[int, ...]) -> list[AotCase]:
-    """Both kernels at head size 128: with a scale for each row, or causal, packed and with a scale for each tile."""
+def _cases(
+    suffix: str,
+    packed: bool,
+    stages: int,
+    chips: tuple[int, ...],
+    spills: tuple[int, int],
+    padded: int = 128,
+    rows: tuple[int, int] = (128, 128),
+) -> list[AotCase]:
+    """Both kernels: with a scale for each row, or causal, packed and with a scale for each tile. ``spills`` and
+    ``rows`` are of the kernel of the keys, and of that of the queries."""
     fixed = {
-        "DP": 128,
+        "DP": padded,
         "PADDED": False,
         "HARDWARE": True,
         "v_stride_d": 1,
         "do_stride_d": 1,
-        "ROWS": 128,
         "QUERIES": 64,
     }
     fixed |= {"CAUSAL": packed, "PACKED": packed, "PER_TILE": packed}
@@ -517,11 +525,17 @@ def _cases(suffix: str, packed: bool, stages: int, chips: tuple[int, ...]) -> li
     of_queries = {"k8t": "*i8", "d_q": "*bf16", "TILES": "i32"}
     cu, lse = {"cu_q": "*i32", "cu_k": "*i32"}, {"row_d_lse": "*fp32", "k_mean": "*fp32"}
     jobs = (
-        ("keys", sagebwd_keys_kernel, of_keys, cu, {"BLOCK": 128}),
-        ("queries", sagebwd_queries_kernel, of_queries, {**cu, **lse}, {"KEYS": 128, "LSE_GRADIENT": packed}),
+        ("keys", sagebwd_keys_kernel, of_keys, cu, {"BLOCK": 128, "ROWS": rows[0]}),
+        (
+            "queries",
+            sagebwd_queries_kernel,
+            of_queries,
+            {**cu, **lse},
+            {"KEYS": 128, "LSE_GRADIENT": packed, "ROWS": rows[1]},
+        ),
     )
     cases = []
-    for name, kernel, own, optional, constants in jobs:
+    for (name, kernel, own, optional, constants), bound in zip(jobs, spills, strict=True):
         signature = {**_POINTERS, **own, **_STRIDES, **_SIZES, **_FACTORS, **(optional if packed else {})}
         cases.append(
             AotCase(
@@ -529,17 +543,20 @@ def _cases(suffix: str, packed: bool, stages: int, chips: tuple[int, ...]) -> li
                 kernel=kernel,
                 signature=signature,
                 constexprs={**fixed, **constants, **({} if packed else dict.fromkeys(optional))},
-                instructions={chip: _PRODUCTS[chip] for chip in chips},
+                instructions={chip: _PRODUCTS[chip] if max(rows) >= 64 else _SYNC for chip in chips},
                 num_warps=8,
                 num_stages=stages,
                 aligned=tuple(name for name, kind in signature.items() if kind.startswith("*") or "stride" in name),
-                spills=True,
+                spills=bound,
             )
         )
     return cases
 
 
 def aot_cases() -> list[AotCase]:
-    """Both kernels for each chip; the shared memory of the last holds one stage."""
-    plain, packed = _cases("", False, 2, (80, 90)), _cases("_tile_causal_packed", True, 2, (90, 100))
-    return plain + packed + _cases("_one_stage", False, 1, (120,))
+    """Both kernels for each chip, at head size 128 (the shared memory of the last chip holds one stage) and at 256, as
+    ``triton_host.backward_launch`` starts them."""
+    cases = _cases("", False, 2, (80, 90), (350, 130))
+    cases += _cases("_tile_causal_packed", True, 2, (90, 100), (1300, 750))
+    cases += _cases("_one_stage", False, 1, (120,), (400, 220))
+    return cases + _cases("_256", False, 1, (80, 90, 100, 120), (0, 400), padded=256, rows=(32, 32))

@@ -106,7 +106,11 @@ def backward_launch(
     """The launches of dK and dV (rows: keys), and of dQ (rows: queries); see :func:`forward_launch`."""
     element = 4 if wide else 2
     if wide or padded == 256:
-        return Launch(128 if per_tile else 32 if wide else 64, 8, 1), Launch(64, 4, 1)
+        if (
+            padded == 256 and not per_tile
+        ):  # of what registers hold; more rows spill, or are a trap on compute capability 10
+            return Launch(32, 8, 1), Launch(32, 8, 1)
+        return Launch(128 if per_tile else 32, 8, 1), Launch(64, 4, 1)
     keys = 128 * padded * (1 + element) + 2 * 64 * padded * (3 + element)
     queries = 128 * padded * (1 + element) + 2 * 128 * padded * (2 + element)
     return Launch(128, 8, 2 if keys <= shared_bytes else 1), Launch(128, 8, 2 if queries <= shared_bytes else 1)
@@ -350,10 +354,11 @@ def sagebwd_backward(
     sizes = Sizes(batch, queries, keys, heads, groups, size, padded, sequences, saved.k_scale.shape[2], packed)
     factor = softmax_scale(scale, size)
     of_keys, of_queries = launches or backward_launch(padded, per_tile, v.dtype == torch.float32, chip_of(v.device)[1])
-    if of_queries.rows not in (64, 128) or of_keys.rows not in ((KEY_BLOCK,) if per_tile else (32, 64, 128)):
+    key_rows, query_rows = ((KEY_BLOCK,), (64, 128)) if per_tile else ((32, 64, 128), (32, 64, 128))
+    if of_queries.rows not in query_rows or of_keys.rows not in key_rows:
         raise ValueError(
             f"launches: {of_keys.rows} keys and {of_queries.rows} queries given; the scales of {options.grad_scales!r} "
-            f"need {'128 keys' if per_tile else '32, 64 or 128 keys'} and 64 or 128 queries"
+            f"need {' or '.join(map(str, key_rows))} keys and {' or '.join(map(str, query_rows))} queries"
         )
     d_q = torch.empty(batch, queries, heads, size, dtype=v.dtype, device=v.device)
     d_k, d_v = (

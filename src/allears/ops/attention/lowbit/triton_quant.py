@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from allears.ops.aot import AotCase
+from allears.ops.aot import CAPABILITIES, AotCase
 from allears.ops.attention.lowbit.quantise import KEY_BLOCK, QUERY_TILE
 from allears.ops.attention.lowbit.triton_nvfp4_quant import e4m3_code
 
@@ -563,14 +563,14 @@ _KINDS = {
 _TYPES = {name: kind for kind, names in _KINDS.items() for name in names}
 
 
-def _case(name: str, kernel, chips: tuple[int, ...], warps: int, **constants) -> AotCase:
+def _case(name: str, kernel, warps: int, **constants) -> AotCase:
     """A kernel for bfloat16 with adjoining channels; what is not listed above is a pointer to float32."""
     fixed = {"DP": 128, **constants}
     fixed |= {name: 1 for name in kernel.arg_names if name.endswith("stride_d")}
     signature = {name: _TYPES.get(name, "*fp32") for name in kernel.arg_names if name not in fixed}
     signature |= {"v8": "*u8"} if "v8" in signature else {}
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*") or "stride" in name)
-    return AotCase(name, kernel, signature, fixed, dict.fromkeys(chips, ()), num_warps=warps, aligned=aligned)
+    return AotCase(name, kernel, signature, fixed, dict.fromkeys(CAPABILITIES, ()), num_warps=warps, aligned=aligned)
 
 
 def aot_cases() -> list[AotCase]:
@@ -579,10 +579,10 @@ def aot_cases() -> list[AotCase]:
     rows = {"BLOCK": QUERY_TILE, "PACKED": True, "PER_TILE": False, "HARDWARE": True}
     values = {**keys, "SUMS": True, "VALUES": "fp8", "HARDWARE": True}
     return [
-        _case("key_sums_values", key_sums_values_kernel, (80, 120), 8, **values),
-        _case("key_mean", key_mean_kernel, (80, 90), 4, **keys),
-        _case("quantise_keys", quantise_keys_kernel, (80, 100), 8, **keys, CENTRED=True, HARDWARE=True),
-        _case("quantise_queries", quantise_queries_kernel, (80, 90), 4, **rows, SHIFT=True),
-        _case("transpose_keys", transpose_keys_kernel, (80, 90), 4, BLOCK=KEY_BLOCK),
-        _case("prepare_backward", prepare_backward_kernel, (80, 90), 4, **rows, LSE_GRADIENT=True),
+        _case("key_sums_values", key_sums_values_kernel, 8, **values),
+        _case("key_mean", key_mean_kernel, 4, **keys),
+        _case("quantise_keys", quantise_keys_kernel, 8, **keys, CENTRED=True, HARDWARE=True),
+        _case("quantise_queries", quantise_queries_kernel, 4, **rows, SHIFT=True),
+        _case("transpose_keys", transpose_keys_kernel, 4, BLOCK=KEY_BLOCK),
+        _case("prepare_backward", prepare_backward_kernel, 4, **rows, LSE_GRADIENT=True),
     ]

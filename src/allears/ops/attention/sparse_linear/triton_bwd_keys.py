@@ -19,7 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from allears.ops.aot import AotCase
+from allears.ops.aot import CAPABILITIES, AotCase
 from allears.ops.attention.sparse_linear.triton_bwd_queries import (
     backward_case,
     e4m3_values,
@@ -286,7 +286,9 @@ def aot_cases() -> list[AotCase]:
 
     def sparse(suffix: str, chips: tuple[int, ...], warps: int, stages: int, **changes: Any) -> AotCase:
         name = f"sparse_linear_bwd_keys{suffix}"
-        return backward_case(name, sparse_keys_kernel, chips, warps, stages, warps == 4, {**base, **changes})
+        return backward_case(
+            name, sparse_keys_kernel, chips, warps, stages, 64 if warps == 4 else 0, {**base, **changes}
+        )
 
     lists = {
         "rows": "*i32",
@@ -303,6 +305,6 @@ def aot_cases() -> list[AotCase]:
         sparse("", (80, 100, 120), 8, 2),
         sparse("_matched", (90,), 8, 1, MATCHED=True),
         sparse("_causal_packed", (90,), 4, 2, **alone),
-        AotCase("sparse_linear_columns", columns_kernel, lists, columns, {80: (), 90: ()}),
-        backward_case("sparse_linear_bwd_to_keys", linear_keys_kernel, (80, 90, 100, 120), 8, 1, False, linear),
+        AotCase("sparse_linear_columns", columns_kernel, lists, columns, dict.fromkeys(CAPABILITIES, ())),
+        backward_case("sparse_linear_bwd_to_keys", linear_keys_kernel, (80, 90, 100, 120), 8, 1, 0, linear),
     ]

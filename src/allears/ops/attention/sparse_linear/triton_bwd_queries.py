@@ -491,9 +491,12 @@ _KINDS |= {"index": "*i16", "order": "*i64", "factor": "fp32", "log2_factor": "f
 
 
 def backward_case(
-    name: str, kernel: Any, chips: tuple[int, ...], warps: int, stages: int, spills: bool, constants: Mapping[str, Any]
+    name: str, kernel: Any, chips: tuple[int, ...], warps: int, stages: int, spills: int, constants: Mapping[str, Any]
 ) -> AotCase:
-    """A kernel of the backward for bfloat16 at head size 128; an argument that is not in ``constants`` is given."""
+    """A kernel of the backward for bfloat16 at head size 128; an argument that is not in ``constants`` is given.
+
+    ``spills``: bytes of local memory that it may take.
+    """
     fixed = {"DP": 128, "PADDED": False, **constants}
     fixed |= {argument: 1 for argument in kernel.arg_names if argument.endswith("_stride_d")}
     if not constants["PACKED"]:
@@ -515,7 +518,9 @@ def aot_cases() -> list[AotCase]:
     def sparse(suffix: str, chips: tuple[int, ...], warps: int, stages: int, **changes: Any) -> AotCase:
         changes = {**changes, **({} if changes.get("LEAKY") else {"leaks": None})}
         name = f"sparse_linear_bwd_queries{suffix}"
-        return backward_case(name, sparse_queries_kernel, chips, warps, stages, bool(suffix), {**base, **changes})
+        return backward_case(
+            name, sparse_queries_kernel, chips, warps, stages, 48 if suffix else 0, {**base, **changes}
+        )
 
     return [
         sparse("", (90, 100), 8, 3),
@@ -524,5 +529,5 @@ def aot_cases() -> list[AotCase]:
         sparse("_drop_in", (90,), 8, 3, LEAKY=True),
         sparse("_matched", (90,), 8, 1, MATCHED=True),
         sparse("_causal_packed", (90,), 8, 3, **alone),
-        backward_case("sparse_linear_bwd_of_states", linear_queries_kernel, (80, 90, 100, 120), 8, 1, True, linear),
+        backward_case("sparse_linear_bwd_of_states", linear_queries_kernel, (80, 90, 100, 120), 8, 1, 1100, linear),
     ]

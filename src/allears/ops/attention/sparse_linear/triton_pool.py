@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from allears.ops.aot import AotCase
+from allears.ops.aot import CAPABILITIES, AotCase
 from allears.ops.attention.lowbit.triton_quant import load_rows, padded_head_size
 
 _SLICE = 32  # channels, and
@@ -188,7 +188,7 @@ def aot_cases() -> list[AotCase]:
     pools = {"x": "*bf16", "cu": "*i32", "pools": "*fp32", **strides, **sizes}
     means = {"pools": "*fp32", "cu": "*i32", "mean": "*fp32", **sizes}
     fixed = {"BLOCK": 64, "PACKED": True}
-    chips = {80: (), 90: ()}
+    chips = dict.fromkeys(CAPABILITIES, ())
     return [
         AotCase(
             "sparse_linear_pool",
@@ -203,7 +203,7 @@ def aot_cases() -> list[AotCase]:
             mean_of_pools_kernel,
             means,
             {**fixed, "STEP": _STEP, "SLICE": _SLICE, "CENTRE": True},
-            {80: (), 120: ()},
+            chips,
             num_warps=8,
         ),
     ]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from allears.ops.aot import AotCase
+from allears.ops.aot import CAPABILITIES, AotCase
 from allears.ops.attention.sparse_linear.blocks import Blocks
 from allears.ops.attention.sparse_linear.ops import LARGEST_ROW, list_width
 from allears.ops.launches import Known
@@ -266,7 +266,7 @@ def aot_cases() -> list[AotCase]:
     classes = {**fixed, "WIDTH": 2048, "MASS": False, "CAUSAL": False}
     mass = {**fixed, "WIDTH": LARGEST_ROW, "MASS": True, "CAUSAL": True, "linear": None}
     return [
-        AotCase("sparse_linear_router_top_k", router_kernel, plain, top, {80: (), 90: ()}, num_warps=1),
+        AotCase("sparse_linear_router_top_k", router_kernel, plain, top, dict.fromkeys(CAPABILITIES, ()), num_warps=1),
         AotCase("sparse_linear_router_classes", router_kernel, signature, classes, {90: ()}, num_warps=4),
-        AotCase("sparse_linear_router_mass", router_kernel, plain, mass, {90: (), 120: ()}, num_warps=32, spills=True),
+        AotCase("sparse_linear_router_mass", router_kernel, plain, mass, {90: (), 120: ()}, num_warps=32, spills=120),
     ]

@@ -180,6 +180,7 @@ def aot_cases() -> list[AotCase]:
     tile = dict(zip(("ROWS", "KEYS", "STEP"), _TILE, strict=True)) | {"DP": 128, "PRECISION": "tf32"}
     sync = r"mma\.sync\S*\.tf32"
     units = {80: (sync,), 90: (rf"{sync}|wgmma\S*\.tf32",), 120: (sync,)}
+    units[100] = (rf"{sync}|tcgen05\.mma\S*kind::tf32",)
     return [
         AotCase("sparse_linear_project", project_kernel, project, fixed, units, aligned=(*names, "D")),
         AotCase(
