@@ -7,7 +7,8 @@ Training has two stages (section 5 of the paper). ``stage="soft"``: router and r
 a dense model, through a differentiable map. ``stage="hard"``: the map is the top-k one that inference uses, the router
 is frozen, and the model around it trains. The stage is set by hand; ``train()`` and ``eval()`` do not change it.
 
-Shapes: B batch, L_q queries, L_k keys, H query heads, G key/value heads, D head size, N_q and N_k their blocks.
+Shapes: B batch, L_q queries, L_k keys, H query heads, G key/value heads, D head size, N_q and N_k their blocks; packed
+T_q queries and T_k keys of S sequences (B is S where blocks are counted).
 """
 
 import json
@@ -18,86 +19,30 @@ import torch
 from torch import Tensor, nn
 
 from allears.core.errors import WeightsError
+from allears.nn.sparse_router import BlockRouter, MixingRatio
 from allears.ops.attention import AttentionSpec, attention
+from allears.ops.attention.call import Packing
 from allears.ops.attention.sparse_linear import SparseLinear, Statistics, fused_statistics, sparse_linear_attention
 from allears.ops.attention.sparse_linear.blocks import Blocks, Geometry
 from allears.ops.attention.sparse_linear.call import attend_measured
-from allears.ops.attention.sparse_linear.inputs import check_heads
-from allears.ops.attention.sparse_linear.routers import best_blocks, pool_blocks, pools, select_top_k, sla_blocks
+from allears.ops.attention.sparse_linear.inputs import Existing, check_heads, shared_packing
+from allears.ops.attention.sparse_linear.routers import (
+    best_blocks,
+    pool_blocks,
+    pools,
+    select_top_k,
+    sequences,
+    sla_blocks,
+)
 from allears.ops.attention.sparse_linear.scores import projected_scores
 from allears.ops.attention.sparse_linear.soft_reference import soft_map, soft_sparse_linear
 
 Stage = Literal["soft", "hard"]
 _STATE_BYTES = 512
-_LOWEST_RATIO = 0.01
-
-
-class BlockRouter(nn.Module):
-    """Scores of key blocks for query blocks: scale * (P_q mean q) . (P_k mean k), with a P for each head.
-
-    The projections start as the identity, which is the router of SLA (arXiv 2509.24006) and SpargeAttn.
-
-    Args:
-        heads, head_dim: H and D.
-        kv_heads: G; ``None``: G = H.
-    """
-
-    def __init__(self, heads: int, head_dim: int, kv_heads: int | None = None) -> None:
-        super().__init__()
-        self.proj_q = nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1))
-        self.proj_k = nn.Parameter(torch.eye(head_dim).repeat(kv_heads or heads, 1, 1))
-
-    def forward(self, q_pool: Tensor, k_pool: Tensor, scale: float, k_mean: Tensor | None = None) -> Tensor:
-        """q_pool (B, H, N_q, D), k_pool (B, G, N_k, D) of smoothed keys, or of keys beside their mean k_mean (B, G, D),
-        to logits (B, H, N_q, N_k) in float32."""
-        if not torch.is_autocast_enabled(q_pool.device.type):  # a context takes longer than some of the kernels
-            return projected_scores(q_pool, k_pool, k_mean, self.proj_q.float(), self.proj_k.float(), scale)
-        with torch.autocast(q_pool.device.type, enabled=False):
-            return projected_scores(q_pool, k_pool, k_mean, self.proj_q.float(), self.proj_k.float(), scale)
-
-
-class MixingRatio(nn.Module):
-    """The share of the exact branch, in (0, 1): a logit a head, and, if asked for, a linear form of the pooled query.
-
-    Args:
-        heads, head_dim: H and D.
-        of_query: let the ratio depend on the block of queries (the paper leaves the shape open: N, N / block or less).
-        start: the ratio at the beginning.
-    """
-
-    def __init__(self, heads: int, head_dim: int, of_query: bool = False, start: float = 0.9) -> None:
-        super().__init__()
-        self.logit = nn.Parameter(torch.logit(torch.full((heads,), start)))
-        self.weight = nn.Parameter(torch.zeros(heads, head_dim)) if of_query else None
-
-    def forward(self, q_pool: Tensor | None = None) -> Tensor:
-        """(1, H, 1), or from q_pool (B, H, N_q, D) the ratio of each block (B, H, N_q), in float32.
-
-        Raises:
-            ValueError: the ratio depends on the query and there is none.
-        """
-        logit = self.logit.float()[None, :, None]
-        if self.weight is None:
-            return torch.sigmoid(logit)
-        if q_pool is None:
-            raise ValueError("q_pool: None given, but this ratio depends on the query; give the pooled queries")
-        return torch.sigmoid(logit + (q_pool.float() * self.weight.float()[None, :, None]).sum(-1))
-
-    @property
-    def trains(self) -> bool:
-        """Whether one of its parameters takes gradients."""
-        return self.logit.requires_grad or (self.weight is not None and self.weight.requires_grad)
-
-    @torch.no_grad()
-    def set(self, ratio: Tensor) -> None:
-        """Start from a ratio a head (H,), brought into 0.01 to 0.99."""
-        self.logit.copy_(torch.logit(ratio.float().clamp(_LOWEST_RATIO, 1 - _LOWEST_RATIO)))
-        if self.weight is not None:
-            self.weight.zero_()
 
 
 class SparseLinearAttention(nn.Module):
-    """q (B, L_q, H, D), k and v (B, L_k, G, D), after projections and positions, to (B, L_q, H, D).
+    """q (B, L_q, H, D), k and v (B, L_k, G, D), after projections and positions, to (B, L_q, H, D); or packed ones.
 
     Blocks, keep, form and feature map are part of its state: a checkpoint of others is refused, since a router that was
     trained for other blocks picks the wrong ones.
@@ -163,18 +108,61 @@ class SparseLinearAttention(nn.Module):
         if self.router is not None:
             self.router.requires_grad_(stage == "soft")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        max_seqlen: int | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> Tensor:
         """Attend. In the soft stage it computes in full precision, whatever ``options.precision``, and costs memory and
         time of L_q * L_k: give it some blocks of queries at a time.
 
+        Sequences of different lengths give in the hard stage what each gives alone, pools and smoothing included.
+
+        Args:
+            q: (B, L_q, H, D), or packed (T_q, H, D).
+            k, v: (B, L_k, G, D), or packed (T_k, G, D).
+            mask: None; others are refused.
+            lengths: (B,) int, how many rows of q, k and v of each entry exist; L_q and L_k are equal. What stands
+                behind changes nothing, and the output there is 0. The numbers are read, which waits for a GPU, and if
+                any rows are missing the others are packed for the call.
+            cu_seqlens: (S + 1,) int offsets of packed sequences.
+            max_seqlen: the longest of them; ``None`` reads it, which waits for a GPU. torch.compile needs it.
+            cu_seqlens_k, max_seqlen_k: those of k and v; ``None``: as of q.
+
         Raises:
-            ValueError: a mask or other heads are given; or what :func:`sparse_linear_attention` refuses.
+            ValueError: a mask or other heads are given, lengths or offsets do not fit or come in the soft stage; or
+                what :func:`sparse_linear_attention` refuses.
         """
         if mask is not None:
             raise ValueError("mask: given, but sparse-linear attention takes none; leave this layer dense")
-        check_heads((q, k, v), self.heads, self.kv_heads, self.head_dim)
+        packed = cu_seqlens is not None or cu_seqlens_k is not None
+        check_heads((q, k, v), self.heads, self.kv_heads, self.head_dim, packed)
+        packing = shared_packing(q, k, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k)
         if self.stage == "soft" and self.router is not None:
+            if packed or lengths is not None:
+                raise ValueError(
+                    f"{'cu_seqlens' if packed else 'lengths'}: given in the soft stage, which takes sequences of one "
+                    "length; call it for each sequence, or set_stage('hard')"
+                )
             return self._attend_softly(q, k, v)
+        if lengths is None:
+            return self._attend_hard(q, k, v, packing)
+        rows = Existing(q, k, v, lengths, packed)
+        if rows.all:
+            return self._attend_hard(q, k, v)
+        return rows.padded(self._attend_hard(rows.packed(q), rows.packed(k), rows.packed(v), rows.packing))
+
+    def _attend_hard(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None = None) -> Tensor:
+        if packing is not None:
+            return self._attend(q, k, v, self.route(q, k, packing=packing), self._ratio(q, packing=packing), packing)
         trains = self.ratio is not None and self.ratio.trains
         found = fused_statistics(q, k, v, self.options, trains=trains, causal=self.causal, kernel=self.kernel)
         blocks, ratio = self.route(q, k, found), self._ratio(q, found)
@@ -187,7 +175,9 @@ class SparseLinearAttention(nn.Module):
         """Attend with these blocks, whatever the stage."""
         return self._attend(q, k, v, blocks, self._ratio(q))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, ratio: Tensor | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, ratio: Tensor | None, packing: Packing | None = None
+    ) -> Tensor:
         proj = None if self.proj is None else (self.proj.weight, self.proj.bias)
         return sparse_linear_attention(
             q,
@@ -200,23 +190,28 @@ class SparseLinearAttention(nn.Module):
             causal=self.causal,
             scale=self.scale,
             kernel=self.kernel,
+            **({} if packing is None else packing._asdict()),
         )
 
     @torch.no_grad()
-    def route(self, q: Tensor, k: Tensor, statistics: Statistics | None = None) -> Blocks:
+    def route(
+        self, q: Tensor, k: Tensor, statistics: Statistics | None = None, packing: Packing | None = None
+    ) -> Blocks:
         """The blocks that the router picks: its best ones, ``keep`` of those that can be seen."""
-        scores = self.scores(q, k, statistics)
+        scores = self.scores(q, k, statistics, packing)
         if statistics is not None:  # of a bidirectional call on a GPU
             return best_blocks(scores, self.keep, self.options, q.shape[1], k.shape[1])
-        geometry = self.geometry(q, k)
+        geometry = self.geometry(q, k, packing)
         if self.options.form == "sla":
             return sla_blocks(scores, self.keep, self.skip, geometry=geometry)
         return select_top_k(scores, self.keep, geometry=geometry)
 
-    def scores(self, q: Tensor, k: Tensor, statistics: Statistics | None = None) -> Tensor:
+    def scores(
+        self, q: Tensor, k: Tensor, statistics: Statistics | None = None, packing: Packing | None = None
+    ) -> Tensor:
         """The router's logits (B, H, N_q, N_k) in float32; without a router those of the pooled q and k."""
         if statistics is None:
-            (q_pool, k_pool), k_mean = pools(q, k, self.options, causal=self.causal), None
+            (q_pool, k_pool), k_mean = pools(q, k, self.options, causal=self.causal, packing=packing), None
         else:
             q_pool, k_pool, k_mean = statistics.q_pool, statistics.k_pool, statistics.k_mean
         if self.router is None:
@@ -279,15 +274,17 @@ class SparseLinearAttention(nn.Module):
         }
         return facts | ({"skip": self.skip} if options.form == "sla" else {})
 
-    def geometry(self, q: Tensor, k: Tensor) -> Geometry:
-        return Geometry(q.shape[1], k.shape[1], self.options.block_q, self.options.block_k, self.causal)
+    def geometry(self, q: Tensor, k: Tensor, packing: Packing | None = None) -> Geometry:
+        return Geometry.of(q, k, self.options, self.causal, packing)
 
-    def _ratio(self, q: Tensor, statistics: Statistics | None = None) -> Tensor | None:
+    def _ratio(self, q: Tensor, statistics: Statistics | None = None, packing: Packing | None = None) -> Tensor | None:
         if self.ratio is None:
             return None
         if self.ratio.weight is None:
             return self.ratio()
-        return self.ratio(pool_blocks(q, self.options.block_q) if statistics is None else statistics.q_pool)
+        if statistics is not None:
+            return self.ratio(statistics.q_pool)
+        return self.ratio(pool_blocks(q, self.options.block_q, *sequences(packing)[0]))
 
     def _attend_softly(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         soft = soft_map(self.scores(q, k), self.keep, geometry=self.geometry(q, k), temperature=self.temperature)

@@ -50,7 +50,7 @@ def check_call(
         )
     batch = q.shape[0] if cu_seqlens is None else _check_offsets(q, cu_seqlens)
     if lengths is not None:
-        _check_lengths(k, lengths, packed=cu_seqlens is not None)
+        check_lengths(k, lengths, packed=cu_seqlens is not None)
     if state is not None:
         if not causal:
             raise ValueError("state: given without causal=True; only causal attention has a past, leave it out")
@@ -69,7 +69,8 @@ def _check_scale(q: Tensor, options: LinearOptions, scale: Tensor | None) -> Non
         raise ValueError(f"scale: on {scale.device} given, q is on {q.device}; move it there")
 
 
-def _check_lengths(k: Tensor, lengths: Tensor, packed: bool) -> None:
+def check_lengths(k: Tensor, lengths: Tensor, packed: bool) -> None:
+    """Raise ValueError unless lengths (B,) count rows of k (B, L_k, G, D); values on a GPU are not read."""
     if packed:
         raise ValueError("lengths: given with cu_seqlens; packed sequences have no padding, give one of the two")
     if lengths.shape != k.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):

@@ -1,14 +1,16 @@
-"""What a call of sparse-linear attention is checked for, and packed sequences as a padded batch and back.
+"""What a call of sparse-linear attention is checked for; packed sequences as a padded batch and the other way round.
 
 Shapes: B batch (S sequences of a packed one), L_q queries, L_k keys, T_q and T_k rows of a packed batch, H query heads,
 G key heads (H a multiple of G), D head size, N_q and N_k blocks, R width of the row lists.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from allears.ops.attention.call import Packing, check_packing, check_tensor, check_tensors
 from allears.ops.attention.dense.packing import Rows, locate
+from allears.ops.attention.linear.check import check_lengths
 from allears.ops.attention.sparse_linear.blocks import Blocks, Geometry
 from allears.ops.attention.sparse_linear.options import SparseLinear
 
@@ -44,15 +46,42 @@ def check_call(
     return geometry, packing
 
 
-def check_heads(qkv: tuple[Tensor, Tensor, Tensor], heads: int, kv_heads: int, head_dim: int) -> None:
-    """Raise ValueError unless q is (B, L_q, heads, head_dim) and k and v are (B, L_k, kv_heads, head_dim)."""
+def check_heads(
+    qkv: tuple[Tensor, Tensor, Tensor], heads: int, kv_heads: int, head_dim: int, packed: bool = False
+) -> None:
+    """Raise ValueError unless q is (B, L_q, heads, head_dim) and k and v are (B, L_k, kv_heads, head_dim), or if packed
+    (T_q, heads, head_dim) and (T_k, kv_heads, head_dim)."""
     for name, x, wanted in zip("qkv", qkv, (heads, kv_heads, kv_heads), strict=True):
         check_tensor(name, x)
-        if x.dim() != 4 or x.shape[2:] != (wanted, head_dim):
+        if x.dim() != (3 if packed else 4) or x.shape[-2:] != (wanted, head_dim):
+            rows = "T" if packed else "B, L"
             raise ValueError(
-                f"{name}: shape {tuple(x.shape)} given; this layer was built for (B, L, {wanted}, {head_dim}): "
+                f"{name}: shape {tuple(x.shape)} given; this layer was built for ({rows}, {wanted}, {head_dim}): "
                 f"build it with the heads, kv_heads and head_dim of q, k and v"
             )
+
+
+def shared_packing(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_k: int | None,
+) -> Packing | None:
+    """The packing of packed q (T_q, H, D) and k (T_k, G, D), where offsets of k that are not given are those of q; None
+    where there are none.
+
+    Raises:
+        ValueError: offsets or maxima do not fit, see ``check_packing``.
+    """
+    if cu_seqlens is not None and cu_seqlens_k is None:
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(
+                f"cu_seqlens: given alone with {q.shape[0]} rows of q and {k.shape[0]} of k; give cu_seqlens_k as well"
+            )
+        cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen if max_seqlen_k is None else max_seqlen_k
+    return check_packing(q, k, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
 
 
 def check_mixing(
@@ -126,6 +155,46 @@ def _check_projection(proj: Projection | None, options: SparseLinear, q: Tensor)
         raise ValueError(f"proj: weight {tuple(weight.shape)}, bias {of_bias} given; D = {size} needs (D, D) and (D,)")
     if weight.device != q.device or (bias is not None and bias.device != q.device):
         raise ValueError(f"proj: weight is on {weight.device}, q on {q.device}; move weight and bias there")
+
+
+class Existing:
+    """The rows of a padded batch that exist, packed, and back with zeros behind them.
+
+    Args:
+        q: (B, L, H, D).
+        k, v: (B, L, G, D).
+        lengths: (B,) int, rows of each entry that exist; read, which waits for a GPU.
+        packed: the tensors are packed already, which is refused.
+
+    Raises:
+        ValueError: lengths do not fit, or q has other lengths than k and v.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, packed: bool = False) -> None:
+        check_tensor("lengths", lengths)
+        check_lengths(k, lengths, packed)
+        if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
+            raise ValueError(
+                f"lengths: given with q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}; they must "
+                f"have the same (B, L): for keys of other lengths pack the rows and give cu_seqlens and cu_seqlens_k"
+            )
+        self._shape = q.shape[:2]
+        inside = lengths.clamp(0, q.shape[1])
+        listed = inside.tolist()
+        offsets = F.pad(inside.cumsum(0), (1, 0)).to(torch.int32)
+        longest = max(listed, default=0)
+        self.packing = Packing(offsets, offsets, longest, longest)
+        self.all = sum(listed) == self._shape.numel()
+        self._home = locate(offsets, q.shape[1], sum(listed)).home
+
+    def packed(self, x: Tensor) -> Tensor:
+        """(B, L, heads, D) to (T, heads, D)."""
+        return x.flatten(0, 1)[self._home]
+
+    def padded(self, x: Tensor) -> Tensor:
+        """(T, heads, D) to (B, L, heads, D)."""
+        flat = x.new_zeros(self._shape.numel(), *x.shape[1:])
+        return flat.index_copy(0, self._home, x).unflatten(0, self._shape)
 
 
 class Padding:
