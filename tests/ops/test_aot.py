@@ -20,10 +20,10 @@ if find_spec("triton") is None:
 
 WORKERS = 2
 WORKER = """
-import importlib, json, sys, traceback
+import importlib, json, os, sys, traceback
 from allears.ops.aot import compile_case
 
-rows = []
+folder, rows = sys.argv[3], []
 jobs = []
 for module in json.loads(sys.argv[1]):
     try:
@@ -31,13 +31,17 @@ for module in json.loads(sys.argv[1]):
         jobs += [(module, case, capability) for case in cases for capability in case.instructions]
     except Exception:
         rows.append([module, "aot_cases", 0, 0, 0, [traceback.format_exc()]])
-for module, case, capability in jobs[int(sys.argv[2]) :: int(sys.argv[3])]:
+for number, (module, case, capability) in enumerate(jobs):
+    try:  # whoever comes first takes it, so that no worker waits for another
+        os.close(os.open(os.path.join(folder, f"job-{number}"), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        continue
     try:
         build = compile_case(case, capability)
         rows.append([module, case.name, capability, build.registers, build.shared_bytes, build.faults()])
     except Exception:
         rows.append([module, case.name, capability, 0, 0, [traceback.format_exc()]])
-with open(sys.argv[4], "w") as file:
+with open(os.path.join(folder, f"{sys.argv[2]}.json"), "w") as file:
     json.dump(rows, file)
 """
 
@@ -112,17 +116,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, int
     modules = json.dumps(aot.aot_modules())
     workers = [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-c",
-                WORKER,
-                modules,
-                str(part),
-                str(WORKERS),
-                str(folder / f"{part}.json"),
-            ],
+            [sys.executable, "-W", "ignore", "-c", WORKER, modules, str(part), str(folder)],
             env=environment(folder),
             stderr=subprocess.PIPE,
             text=True,
