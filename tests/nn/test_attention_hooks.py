@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.small_models import small_dit, small_llama, small_wan
 from torch import nn
 
 from allears import AttentionSpec
@@ -34,18 +35,7 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def llama():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return small_llama(64)
 
 
 @pytest.fixture
@@ -154,25 +144,7 @@ def test_position_bias_is_added_to_either_mask(llama):
 
 @pytest.fixture
 def wan():
-    diffusers = pytest.importorskip("diffusers")
-
-    def make(**more):
-        torch.manual_seed(3)
-        return diffusers.WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=16,
-            ffn_dim=24,
-            num_layers=2,
-            rope_max_seq_len=16,
-            **more,
-        ).eval()
-
-    return make
+    return small_wan
 
 
 @torch.no_grad()
@@ -211,11 +183,7 @@ def test_wan_image_to_video(wan, calls):
 
 @torch.no_grad()
 def test_dit_is_the_same_and_comes_back(calls):
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(4)
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, patch_size=2
-    ).eval()
+    model = small_dit(8)
     inputs = {
         "hidden_states": torch.randn(2, 4, 8, 8),
         "timestep": torch.tensor([7, 9]),

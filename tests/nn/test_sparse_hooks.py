@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from tests.small_models import small_dit, small_llama, small_wan
 
 from allears import AttentionSpec, LowBit
 from allears.nn.attention_hooks import use_attention
@@ -41,17 +42,7 @@ CONTEXT = 150  # positions of a context: three blocks of keys, of which a sparse
 
 @pytest.fixture
 def llama():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return small_llama()
 
 
 @torch.no_grad()
@@ -88,7 +79,7 @@ def test_every_field_of_a_spec_reaches_the_layers(llama):
         for field in fields(AttentionSpec):
             if field.name not in ("causal", "scale"):
                 assert {getattr(chosen, field.name) for _, chosen, _ in calls} == {getattr(spec, field.name)}
-        _, calls = seen(dit(), lambda model: model(**DIT), spec)
+        _, calls = seen(small_dit(24), lambda model: model(**DIT), spec)
         assert {replace(chosen, scale=None) for _, chosen, _ in calls} == {spec}
 
 
@@ -174,17 +165,9 @@ DIT = {
 }
 
 
-def dit():
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(4)
-    return diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=24, patch_size=2
-    ).eval()
-
-
 @torch.no_grad()
 def test_dit_obeys_a_sparse_spec():
-    model = dit()
+    model = small_dit(24)
 
     def call(model):
         return model(**DIT).sample
@@ -200,22 +183,7 @@ def test_dit_obeys_a_sparse_spec():
 
 @torch.no_grad()
 def test_wan_is_sparse_in_self_attention_alone():
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(3)
-    model = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=24,
-        num_layers=1,
-        rope_max_seq_len=32,
-        image_dim=20,
-        added_kv_proj_dim=24,
-    ).eval()
+    model = small_wan(num_layers=1, rope_max_seq_len=32, image_dim=20, added_kv_proj_dim=24)
     inputs = {
         "hidden_states": torch.randn(1, 4, 2, 20, 20),
         "timestep": torch.tensor([300]),

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from tests.small_models import small_llama
 from torch import nn
 
 from allears.core.errors import WeightsError
@@ -161,18 +162,7 @@ def test_models_that_do_not_fit_are_refused(model, tmp_path):
 
 def test_a_transformers_model(tmp_path):
     """Grouped causal heads; the cores are submodules, and the model is itself again afterwards."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = small_llama().requires_grad_(False)
     tokens = torch.randint(50, (2, 400))
     before = model(tokens).logits
     settings = SparseSettings(keeps=(0.3,), max_error=2.0, options=SparseLinear(block_q=64), steps=2, query_blocks=2)
