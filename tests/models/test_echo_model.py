@@ -183,7 +183,8 @@ def test_entries_do_not_meet(net):
         together = net(mic, reference).near
         for b in range(3):
             alone = net(mic[b : b + 1], reference[b : b + 1]).near
-            torch.testing.assert_close(together[b : b + 1], alone, rtol=1e-3, atol=1e-4)
+            # Rounding follows the batch on some processors; it is relative to how loud an entry is.
+            torch.testing.assert_close(together[b : b + 1], alone, rtol=0, atol=5e-5 * float(alone.abs().max()))
 
 
 def test_all_learn_also_from_silence(net):

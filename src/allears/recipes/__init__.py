@@ -15,6 +15,7 @@ _ENTRIES = {
     "separate": "allears.recipes.separate:train_separate",
     "sparse-tune": "allears.recipes.sparse_tune:tune_enhancer",
     "video": "allears.recipes.video:train_video",
+    "video-family": "allears.recipes.video_family:train_video_family",
     "video-rcm": "allears.recipes.video_distil:distil_video",
 }
 

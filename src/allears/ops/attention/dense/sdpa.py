@@ -162,7 +162,7 @@ def _without_lse(facts: Facts, spec: AttentionSpec) -> str:
 def _refuses_gpu(facts: Facts) -> str:
     if facts.device != "cuda" or facts.capability is None:
         return f"runs on CUDA GPUs; the tensors are on {facts.device}"
-    if facts.capability < (8, 0):
+    if facts.capability[0] < 8:
         return f"needs compute capability 8.0; this GPU has {facts.capability[0]}.{facts.capability[1]}"
     if facts.dtype not in HALF:
         return f"takes float16 and bfloat16, {facts.dtype} given; cast q, k and v"
@@ -173,7 +173,7 @@ def _cudnn_refuses(facts: Facts, spec: AttentionSpec) -> str:
     reason = _refuses_gpu(facts) or _without_lse(facts, spec)
     if reason:
         return reason
-    limit = 256 if facts.capability is not None and facts.capability >= (9, 0) and not facts.grad else 128
+    limit = 256 if facts.capability is not None and facts.capability[0] >= 9 and not facts.grad else 128
     if facts.head_dim > limit or facts.head_dim % 8:
         return f"takes head sizes that are multiples of 8 up to {limit} here; {facts.head_dim} given"
     if facts.mask == "learned":

@@ -106,8 +106,9 @@ def _refuses_triton(facts: Facts, options: SparseLinear, named: bool) -> str:
         return f"runs on CUDA GPUs; the tensors are on {facts.device}"
     else:
         needed = (8, 9) if options.precision == "int8_fp8" else (8, 0)
-        if facts.capability < needed:
-            this = f"this GPU has {facts.capability[0]}.{facts.capability[1]}"
+        major, minor = facts.capability  # torch.compile may not follow a comparison of tuples
+        if 10 * major + minor < 10 * needed[0] + needed[1]:
+            this = f"this GPU has {major}.{minor}"
             return f"precision={options.precision!r} needs compute capability {needed[0]}.{needed[1]}; {this}"
     if facts.dtype not in DTYPES:
         return f"takes float16, bfloat16 and float32, {facts.dtype} given; cast q, k and v"
