@@ -1,5 +1,5 @@
-"""All weights of the small video model in one run that can be cut anywhere: the judge, the teacher, the distilled model,
-and what is tuned with sparse attention; with the ablations that `python -m benchmarks video_quality` compares.
+"""All weights of the small video model in one run that can be cut anywhere: the judge, the teacher, the distilled
+model, and what is tuned with sparse attention; with the ablations that `python -m benchmarks video_quality` compares.
 
 Each part is trained in a folder of its own and its weights are copied to ``out/models`` when it is complete; a part
 that is there takes no time, so that parts may run in calls, and on machines, of their own.
