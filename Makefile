@@ -63,7 +63,8 @@ demo: $(STAMPS)/demo
 	$(BIN)/allears cancel-echo demo/echo/microphone.flac demo/echo/loudspeaker.flac -o out/echo/near.flac --report --overwrite
 	$(BIN)/allears eval files demo/echo/microphone.flac -r demo/clean/$(NEAR) --metrics pesq_wb si_sdr_db estoi
 	$(BIN)/allears eval files out/echo/near.flac -r demo/clean/$(NEAR) --metrics pesq_wb si_sdr_db estoi
-	@echo "listen: out/, and open out/report.html and out/echo/report.html in a browser"
+	$(BIN)/allears video "a red ball rolls left behind a blue box" -o out/video.png --overwrite
+	@echo "listen: out/, look at out/video.png, and open out/report.html and out/echo/report.html in a browser"
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
