@@ -171,6 +171,29 @@ def test_a_distilled_model_is_tuned_with_sparse_attention(tuned, distilled, tmp_
     assert load_teacher(tmp_path / "export", "cpu").blocks[0].attention.core is not None
 
 
+def test_compiled_blocks_learn_the_same(teacher, distilled, tuned, tmp_path, monkeypatch):
+    graphs, real = [], torch.compile
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: real(f, dynamic=dynamic, backend=counted))
+    torch._dynamo.reset()
+    rcm = {"warmup_steps": 1, "student_every": 2, "rollout_calls": 2}
+    few = {"steps": 4, "teacher": teacher, "rcm": rcm, "lr": 1e-3, "sampler_steps": 2}
+    distil_video([], str(tmp_path / "few"), compile=True, **few, **SMALL)
+    of_distillation = len(graphs)
+    sparse = {"steps": 2, "device": "cpu", "batch": 1, "lr": 1e-3, "precision": "int8_fp8"}
+    tune_video(str(tmp_path / "tuned"), teacher, str(tuned / "sparse"), compile=True, **sparse)
+    assert 0 < of_distillation < len(graphs)
+    for found, wanted in ((tmp_path / "few", distilled[1]), (tmp_path / "tuned", tuned)):
+        rows = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (found, wanted)]
+        losses = [[row["loss"] for row in part if row["kind"] == "train"] for part in rows]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0]
+    torch._dynamo.reset()
+
+
 def test_times_of_a_distilled_model_reach_those_of_its_sampler():
     few = replace(BLOCKY, steps=4, guidance=1.0, distilled=True)
     drawn = [draw_times(4000, times_of(config), torch.Generator().manual_seed(0)) for config in (BLOCKY, few)]

@@ -129,6 +129,7 @@ def distil_video(
     ema_decay: float = 0.999,
     validate_every: int = 500,
     check_clips: int = 32,
+    compile: bool = False,
 ) -> TrainResult:
     """Distil the video model; leaves the student as ``out/export.safetensors``, float16, and a run that can be resumed.
 
@@ -144,6 +145,7 @@ def distil_video(
             ``score_weight=0`` leaves out score distillation and its critic (the DMD term).
         ema_decay, validate_every: see :class:`allears.train.TrainConfig`.
         check_clips: held-out prompts of each validation; 0 for none.
+        compile: the blocks by ``torch.compile``, but for the derivative.
 
     Raises:
         ValueError: a setting is unknown or out of its range, a corpus or a preset is given, or the derivative of the
@@ -158,7 +160,7 @@ def distil_video(
         raise ValueError(f"sampler_steps: {sampler_steps} given; the sampler takes 1 to {MOST_FEW_STEPS}")
     settings = overridden(VIDEO_RCM, rcm, "rcm")
     where = resolve_device(device)
-    kit = distillation_kit(teacher, batch, device, seed, guidance)
+    kit = distillation_kit(teacher, batch, device, seed, guidance, compile)
     error = check_tangent(kit, where) if settings.derivative != "finite" else None
     model = StudentAndCritic(kit.student, with_critic=settings.score_weight > 0)
     objective = RcmObjective(

@@ -22,7 +22,7 @@ from allears.diffusion.path import LinearPath
 from allears.models.video.build import SparseLayers, load_net
 from allears.models.video.config import VideoConfig
 from allears.models.video.loss import FlowLoss, Velocity, draw_times
-from allears.models.video.model import VideoNet
+from allears.models.video.model import VideoNet, compiled_blocks
 from allears.models.video.sample import guided
 from allears.ops.attention.sparse_linear.options import Backward, Precision
 from allears.recipes.sparse_tune import MatchDense, tune_sparse
@@ -120,12 +120,15 @@ def tune_video(
     ``precision="int8_fp8"`` trains for 8-bit kernels (quantisation-aware). ``teacher`` may be distilled to few steps;
     the tuned model is so too then. ``out/ema`` holds weights and cores, for
     :func:`allears.recipes.sparse_tune.load_tuned`; ``out/export`` the same in float16, for
-    :class:`allears.models.video.VideoGenerator`.
+    :class:`allears.models.video.VideoGenerator`. ``compile`` compiles the blocks of both.
     """
     if all(layer["keep"] is None for layer in read_sidecar(sparse)["layers"].values()):
         raise ValueError(f"sparse: all layers of {sparse!r} are dense; fit with a higher max_error")
     dense = load_teacher(teacher, device)
     where = next(dense.parameters()).device
+    if compile:
+        dense.train()  # nothing in it but the choice of blocks depends on the mode
+        dense.training_block = compiled_blocks()
     model = copy.deepcopy(dense).requires_grad_(True)
     held_out = [tuple(x[:4] for x in inputs) for inputs in calibration(dense, 2, 4, seed=101)]
     draw = NoisyVideos(WorldData(dense.config, batch, seed + 1, where), times_of(dense.config))
@@ -140,7 +143,6 @@ def tune_video(
         warmup_steps=min(20, (steps or 500) // 10),
         log_every=10,
         validate_every=100,
-        compile=compile,
     )
     result, _ = tune_sparse(model, sparse, MatchDense(dense, draw, held_out), settings, precision, backward)
     layers = SparseLayers.of(model)
@@ -184,11 +186,19 @@ class DistillationKit:
 
 
 def distillation_kit(
-    teacher: str, batch: int, device: str = "auto", seed: int = 0, guidance: float | None = None
+    teacher: str,
+    batch: int,
+    device: str = "auto",
+    seed: int = 0,
+    guidance: float | None = None,
+    compile: bool = False,
 ) -> DistillationKit:
     """Teacher, student and data for distillation; guidance, by default the configuration's, becomes part of the
-    teacher."""
+    teacher. ``compile`` compiles the blocks of both, where they train or teach."""
     net = load_teacher(teacher, device)
+    if compile:
+        net.train()
+        net.training_block = compiled_blocks()
     velocity = guided(net, net.config.guidance if guidance is None else guidance)
     student = copy.deepcopy(net).train().requires_grad_(True)
     return DistillationKit(

@@ -10,6 +10,7 @@ Shapes: B batch, T frames, H rows, W columns, L tokens, M words, C channels, E o
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,17 @@ class Block(nn.Module):
 def call_block(block: nn.Module, x: Tensor, time: Tensor, context: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """``block(...)``, as a function that ``torch.compile`` compiles once for all blocks."""
     return block(x, time, context, table)
+
+
+def compiled_blocks() -> Callable[..., Tensor]:
+    """:func:`call_block` by ``torch.compile``, for :attr:`VideoNet.training_block`; what ``torch.func`` differentiates
+    runs as it is, since the compiler does not follow forward mode."""
+    compiled = torch.compile(call_block, dynamic=False)
+
+    def run(block: nn.Module, *inputs: Any) -> Tensor:
+        return (call_block if torch._C._are_functorch_transforms_active() else compiled)(block, *inputs)
+
+    return run
 
 
 class TextEncoder(nn.Module):
