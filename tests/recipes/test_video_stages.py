@@ -49,6 +49,17 @@ def test_most_cuts_are_spread_evenly():
             Part(frames).cuts(base)
 
 
+def test_processes_draw_what_a_thread_draws():
+    stages = [Stages(TEST, read_stages(PLAN), FlowLoss(), 3, CPU, processes=n) for n in (0, 1)]
+    try:
+        for index in range(len(PLAN)):
+            for step in (0, 1, 4):
+                for one, two in zip(*(part.data[index](step) for part in stages), strict=True):
+                    assert one is two is None or torch.equal(one, two)
+    finally:
+        stages[1].close()
+
+
 def test_draws_follow_the_step_and_whole_clips_are_those_of_before():
     one, two = (PartData(TEST, 4, 5, CPU, Part(2)) for _ in range(2))
     first, again = one(3), two(3)

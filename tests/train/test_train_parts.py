@@ -4,6 +4,7 @@ import logging
 import math
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from allears.core.errors import WeightsError
-from allears.train.ahead import Ahead
+from allears.train.ahead import Ahead, AheadInProcesses
 from allears.train.checkpoint import Checkpoint, checkpoint_paths, load_checkpoint, save_checkpoint
 from allears.train.curves import curve_series, draw_curves
 from allears.train.ema import Ema
@@ -175,3 +176,13 @@ def test_draws_are_made_ahead_and_follow_the_step():
     made.clear()
     assert [ahead.take(step) for step in (7, 8, 9)] == [(7, 0), (8, 0), (9, 0)]
     assert made.count((8, 0)) == made.count((9, 0)) == 1 and made.count((7, 0)) <= 1  # none is drawn twice
+
+
+def test_draws_of_a_pool_are_made_ahead_and_follow_the_step():
+    made = []
+    with ThreadPoolExecutor(2) as pool:
+        ahead = AheadInProcesses(lambda key: made.append(key) or key, pool, 3)
+        assert [ahead.take(step) for step in (0, 0, 1, 5, 5, 6)] == [(0, 0), (0, 1), (1, 0), (5, 0), (5, 1), (6, 0)]
+        assert [ahead.take(step) for step in (7, 8, 9)] == [(7, 0), (8, 0), (9, 0)]
+    assert {(10, 0), (11, 0), (12, 0)} <= set(made) and max(step for step, _ in made) == 12
+    assert len(made) == len(set(made))  # none is drawn twice

@@ -192,6 +192,7 @@ def train_video(
     loss: FlowLoss | Mapping[str, Any] = FlowLoss(),  # noqa: B008
     compile: bool = False,
     graphs: bool = False,
+    processes: int = 0,
     check_clips: int = 32,
     check_steps: int = 25,
     warmup_steps: int = 200,
@@ -217,6 +218,8 @@ def train_video(
         loss: how times and captions are drawn, whole or as the fields that differ.
         compile, graphs: the blocks by ``torch.compile``, or CUDA graphs of the passes, one of them at most; in stages
             that name no way of their own.
+        processes: that draw scenes and captions, which is a thread's work otherwise: with a GPU at few frames it takes
+            more time than the step. A script that asks for them must guard its main part.
         check_clips, check_steps: see :class:`VideoObjective`.
         warmup_steps, final_lr_ratio, ema_decay, grad_clip, validate_every, accumulate: see
             :class:`allears.train.TrainConfig`.
@@ -242,7 +245,7 @@ def train_video(
         before = origin.get("training", {"steps": origin.get("step")})
     plan = read_stages(stages) or (Stage(frames or config.frames, 1.0, batch, None, False, options.mean),)
     way: Way = "compile" if compile else "graphs" if graphs else "eager"
-    shown = Stages(config, plan, options, seed, where, way)
+    shown = Stages(config, plan, options, seed, where, way, processes)
     objective = VideoObjective(shown, check_clips, check_steps)
     settings = TrainConfig(
         out=out,
@@ -259,9 +262,12 @@ def train_video(
         validate_every=validate_every,
         accumulate=accumulate,
     )
-    with Workers(device) as workers:
-        settings = prepare(net, objective, settings, steps, workers)
-        result = train(net, objective, settings)
+    try:
+        with Workers(device) as workers:
+            settings = prepare(net, objective, settings, steps, workers)
+            result = train(net, objective, settings)
+    finally:
+        shown.close()
     if not workers.first:
         return result
     record = {

@@ -4,7 +4,10 @@ Shapes: B videos, K things, T frames, H rows, W columns, M words, N frames of to
 """
 
 import os
+from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +18,7 @@ from allears.data.world_layout import Layout, lay_out
 from allears.data.world_render import render
 from allears.data.world_text import caption, encode
 from allears.models.video.config import VideoConfig
-from allears.train.ahead import Ahead
+from allears.train.ahead import Ahead, AheadInProcesses, Key
 
 MOST_CUTS = 8
 """Most parts that are cut from one clip."""
@@ -124,34 +127,50 @@ class WorldData:
         return draw_batch(self.config, self.batch, [self.seed, self._rank, *key], self.frames)
 
 
+def draw_part(
+    config: VideoConfig, part: Part, clips: int, seeds: tuple[int, ...], key: Key
+) -> tuple[np.ndarray, Mapping[str, np.ndarray], np.ndarray]:
+    """Captions (B, M), the fields of a layout, and the first frame of tokens of each clip's first part (B,)."""
+    whole = part.cuts(config) == 1
+    source = draw_batch(config, clips, [*seeds, *key], part.frames if whole else None)
+    first = np.random.default_rng([*seeds, *key, 3]).integers(config.frames // part.frames, size=clips)
+    return source.tokens.numpy(), {name: value.numpy() for name, value in vars(source.layout).items()}, first
+
+
 class PartData:
     """The same of parts of clips: videos, captions and the places of their tokens in time.
 
     Args:
         batch: parts a step, a multiple of the cuts of a clip.
+        pool: processes that draw, so many steps ``ahead``; without them the next step's is drawn by a thread.
 
     Raises:
         ValueError: it is not, or the part does not fit the configuration.
     """
 
-    def __init__(self, config: VideoConfig, batch: int, seed: int, device: torch.device, part: Part) -> None:
+    def __init__(
+        self,
+        config: VideoConfig,
+        batch: int,
+        seed: int,
+        device: torch.device,
+        part: Part,
+        pool: Executor | None = None,
+        ahead: int = 8,
+    ) -> None:
         cuts = part.cuts(config)
         if batch < 1 or batch % cuts:
             raise ValueError(f"batch: {batch} given; wanted a multiple of {cuts}, the parts of {part.frames} frames")
         self.config, self.part, self.device = config, part, device
-        self._clips, self._spread = batch // cuts, cuts > 1
-        self._seed, self._rank = seed, int(os.environ.get("RANK", "0"))
-        self._ahead = Ahead(self._draw)
+        self._spread = cuts > 1
+        draw = partial(draw_part, config, part, batch // cuts, (seed, int(os.environ.get("RANK", "0"))))
+        self._ahead = Ahead(draw) if pool is None else AheadInProcesses(draw, pool, ahead)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Videos (B, 3, T, H, W), captions (B, M), and places (B, N) where parts are spread."""
-        source, first = self._ahead.take(step)
+        tokens, layout, first = self._ahead.take(step)
+        fields_of = {name: torch.from_numpy(value) for name, value in layout.items()}
+        source = Batch(torch.from_numpy(tokens), Layout(**fields_of))
         if not self._spread:
             return *world_videos(source, self.config, self.device), None
-        return cut_clips(source, self.config, self.part, first, self.device)
-
-    def _draw(self, key: tuple[int, int]) -> tuple[Batch, Tensor]:
-        seeds = [self._seed, self._rank, *key]
-        source = draw_batch(self.config, self._clips, seeds, None if self._spread else self.part.frames)
-        most = self.config.frames // self.part.frames
-        return source, torch.from_numpy(np.random.default_rng([*seeds, 3]).integers(most, size=self._clips))
+        return cut_clips(source, self.config, self.part, torch.from_numpy(first), self.device)

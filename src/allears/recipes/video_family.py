@@ -85,7 +85,7 @@ def _judge(family: Family, budget: Budget) -> TrainResult:
 
 
 def _teacher(family: Family, budget: Budget) -> TrainResult:
-    cuda: dict[str, Any] = {"compile": True, "attention": {"kernel": "sdpa-cudnn"}}
+    cuda: dict[str, Any] = {"compile": True, "attention": {"kernel": "sdpa-cudnn"}, "processes": 6}
     given = {"preset": family.preset, "stages": STAGES, **(cuda if family.device != "cpu" else {}), **budget}
     return train_video([], **family.told("teacher", **given))
 

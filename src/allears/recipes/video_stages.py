@@ -8,8 +8,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from typing import Literal, get_args
 
 import torch
@@ -109,6 +111,7 @@ class Stages:
         seed: of the draws.
         device: to paint on.
         way: of stages that name none.
+        processes: that draw what is painted; 0: a thread does.
 
     Raises:
         ValueError: there are none, or a stage does not fit the configuration.
@@ -122,17 +125,28 @@ class Stages:
         seed: int,
         device: torch.device,
         way: Way = "eager",
+        processes: int = 0,
     ) -> None:
         if not stages:
             raise ValueError("stages: none given; name one at least, or leave them out")
         self.config, self.stages, self.device = config, tuple(stages), device
-        self.data = [PartData(config, s.batch, seed + 1000 * i, device, s.part) for i, s in enumerate(stages)]
+        # Spawned, not forked: a process with a GPU must not be copied.
+        self.pool = ProcessPoolExecutor(processes, get_context("spawn")) if processes else None
+        self.data = [
+            PartData(config, s.batch, seed + 1000 * i, device, s.part, self.pool, 2 * processes)
+            for i, s in enumerate(stages)
+        ]
         self.losses = [stage.loss(options, config) for stage in stages]
         self.ways: list[Way] = [stage.way or way for stage in stages]
         self.begins: list[int] = [0]
         """First step of each stage that has begun; of all, where the run has so many steps."""
         self._graphed = -1
         self._compiled: Callable[..., Tensor] | None = None  # one for all stages: a shape is compiled once
+
+    def close(self) -> None:
+        """End the processes that draw."""
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
 
     def index(self, step: int) -> int:
         """Of the stage that ``step`` belongs to, of those whose beginning is known."""
