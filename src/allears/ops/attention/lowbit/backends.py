@@ -28,7 +28,7 @@ Result = Tensor | tuple[Tensor, Tensor]
 Trains = Callable[[AttentionSpec], bool]
 HALF = (torch.float16, torch.bfloat16)
 _HOPPER_HEAD_SIZES = (64, 128)
-_SMOOTH_Q = "does not smooth Q; leave LowBit(smooth_q=None)"
+_SMOOTH_Q = "does not smooth Q; {} does, or leave LowBit(smooth_q=None)"
 
 
 # --- runs
@@ -101,7 +101,7 @@ def run_sagebwd(
     max_seqlen_k: int | None = None,
 ) -> Result:
     """sagebwd by Triton or the reference, which ``op`` is; shapes as :func:`run_int8_triton`."""
-    rest = (causal, scale, options.smooth_k, options.grad_scales)
+    rest = (causal, scale, options.smooth_k, bool(options.smooth_q), options.grad_scales)
     out, lse, *_ = op(q, k, v, cu_seqlens_q, cu_seqlens_k, *rest)
     return (out, lse) if return_lse else out
 
@@ -178,8 +178,6 @@ def _refuses_reference(facts: Facts, spec: AttentionSpec) -> str:
         return f"takes float16, bfloat16 and float32, {facts.dtype} given; cast q, k and v, or use numerics='exact'"
     if facts.head_dim > LARGEST_HEAD_SIZE:
         return f"takes head sizes up to {LARGEST_HEAD_SIZE}; {facts.head_dim} given; use numerics='exact'"
-    if spec.numerics == "sagebwd" and spec.lowbit.smooth_q:
-        return _SMOOTH_Q + ": with it dK would take a second noisy path (arXiv 2603.02170)"
     return _refuses_all(facts)
 
 
@@ -198,7 +196,7 @@ def _refuses_hopper(facts: Facts, spec: AttentionSpec) -> str:
     if facts.empty:
         return "there are no queries or no keys"
     if spec.lowbit.smooth_q:
-        return _SMOOTH_Q
+        return _SMOOTH_Q.format("kernel='triton'" if spec.numerics == "sagebwd" else "kernel='reference'")
     if spec.numerics == "sagebwd":
         if spec.lowbit.grad_scales != "row":
             return f"has grad_scales='row' only, {spec.lowbit.grad_scales!r} given; kernel='triton' has both"
@@ -218,8 +216,10 @@ def _refuses_triton(facts: Facts, spec: AttentionSpec) -> str:
         return reason
     if spec.numerics == "nvfp4":
         return _refuses_nvfp4(facts)
-    if spec.lowbit.smooth_q:
-        return _SMOOTH_Q
+    if spec.lowbit.smooth_q and spec.numerics != "sagebwd":
+        return _SMOOTH_Q.format("kernel='reference'")
+    if spec.lowbit.smooth_q and facts.packed:
+        return "smooths Q of dense batches alone; kernel='reference' takes packed sequences, or leave smooth_q None"
     if facts.grad and spec.lowbit.grad_scales == "tile" and facts.head_dim > 128 and not interpreted():
         return (
             f"has grad_scales='tile' up to head size 128, as registers do not hold its tiles; {facts.head_dim} given; "

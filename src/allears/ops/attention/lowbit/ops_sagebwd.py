@@ -5,7 +5,8 @@ keep or drop it as they do any tensor: beside v and the output the 8-bit Q and K
 Nothing waits for the GPU.
 
 Shapes: B batch, L_q queries, L_k keys, H query heads, G key heads (H a multiple of G), D head size, DP = D padded to
-what the Triton kernels know, N blocks of 128 keys; packed T_q, T_k rows of S sequences; E = S if packed else B.
+what the Triton kernels know, N blocks of 128 keys, M blocks of 128 queries; packed T_q, T_k rows of S sequences; E =
+S if packed else B.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from allears.ops.attention.lowbit.ops import aligned_rows, like_output, no_sums
 from allears.ops.attention.lowbit.ops_sagebwd_reference import sagebwd_options
 from allears.ops.attention.lowbit.quantise import KEY_BLOCK
+from allears.ops.attention.lowbit.smooth import QUERY_BLOCK
 
 _TRITON_HEAD_SIZES = (32, 64, 128, 256)
 
@@ -30,8 +32,9 @@ def sagebwd_triton(
     causal: bool,
     scale: float,
     smooth_k: bool,
+    smooth_q: bool,
     grad_scales: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """SageBwd by the Triton kernels, differentiable in its first two results.
 
     Args:
@@ -39,12 +42,13 @@ def sagebwd_triton(
         k, v: (B, L_k, G, D) or (T_k, G, D).
         cu_seqlens_q, cu_seqlens_k: int32 (S + 1) of packed sequences.
         scale: factor on the logits.
-        smooth_k, grad_scales: see :class:`LowBit`.
+        smooth_k, smooth_q, grad_scales: see :class:`LowBit`.
 
     Returns:
         Output like q and the log-sum-exp, float32 (B, H, L_q) or (H, T_q); then, for the backward and with B = 1 if
         packed, q8 (B, H, L_q, DP), q_scale (B, H, L_q), k8 (B, G, N * 128, DP), k_scale (B, G, N), k_mean (E, G, DP) or
-        empty without smoothing, and the log-sum-exp of the smoothed scores (B, H, L_q).
+        empty without smoothing, the log-sum-exp of the smoothed scores (B, H, L_q), and the means of Q (B, H, M, DP) or
+        empty without smoothing.
     """
     from allears.ops.attention.lowbit import triton_host
 
@@ -55,12 +59,12 @@ def sagebwd_triton(
             v,
             causal=causal,
             scale=scale,
-            options=sagebwd_options(smooth_k, grad_scales),
+            options=sagebwd_options(smooth_k, smooth_q, grad_scales),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
         )
-    mean = saved.k_mean if saved.k_mean is not None else no_sums(q)
-    return out, lse, saved.q8, saved.q_scale, saved.k8, saved.k_scale, mean, saved.lse
+    k_mean, q_mean = (mean if mean is not None else no_sums(q) for mean in (saved.k_mean, saved.q_mean))
+    return out, lse, saved.q8, saved.q_scale, saved.k8, saved.k_scale, k_mean, saved.lse, q_mean
 
 
 @sagebwd_triton.register_fake
@@ -73,8 +77,9 @@ def _triton_fake(
     causal: bool,
     scale: float,
     smooth_k: bool,
+    smooth_q: bool,
     grad_scales: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     queries, heads, size = q.shape[-3:]
     keys, groups = k.shape[-3:-1]
     padded = next(known for known in _TRITON_HEAD_SIZES if size <= known)
@@ -84,6 +89,7 @@ def _triton_fake(
     else:
         batch, entries = 1, cu_seqlens_q.shape[0] - 1
         blocks = keys // KEY_BLOCK + entries
+    means = (queries + QUERY_BLOCK - 1) // QUERY_BLOCK
     rows, blocked = (batch, heads, queries), (batch, groups, blocks)
     return (
         *like_output(q),
@@ -93,6 +99,7 @@ def _triton_fake(
         q.new_empty(blocked, dtype=torch.float32),
         q.new_empty((entries, groups, padded) if smooth_k else (0,), dtype=torch.float32),
         q.new_empty(rows, dtype=torch.float32),
+        q.new_empty((batch, heads, means, padded) if smooth_q else (0,), dtype=torch.float32),
     )
 
 
@@ -110,18 +117,23 @@ def sagebwd_triton_backward(
     k_scale: Tensor,
     k_mean: Tensor,
     smoothed: Tensor,
+    q_mean: Tensor,
+    k: Tensor | None,
     causal: bool,
     scale: float,
     smooth_k: bool,
+    smooth_q: bool,
     grad_scales: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`sagebwd_triton` from what it returned: like q, k and v, contiguous, in the dtype of v."""
+    """Gradients of :func:`sagebwd_triton` from what it returned, and with ``smooth_q`` from k: like q, k and v,
+    contiguous, in the dtype of v."""
     from allears.ops.attention.lowbit import triton_host
 
     saved = triton_host.TritonSaved(
         q8, q_scale, k8, k_scale, v, k_mean if smooth_k else None, out, smoothed, cu_seqlens_q, cu_seqlens_k
     )
-    options = sagebwd_options(smooth_k, grad_scales)
+    saved = saved._replace(q_mean=q_mean, k=k) if smooth_q else saved
+    options = sagebwd_options(smooth_k, smooth_q, grad_scales)
     with torch.cuda.device_of(d_out):
         return triton_host.sagebwd_backward(d_out, saved, d_lse=d_lse, causal=causal, scale=scale, options=options)
 
@@ -133,7 +145,8 @@ def _triton_backward_fake(d_out: Tensor, d_lse: Tensor | None, v: Tensor, *rest:
 
 def _keep_triton(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     out, _, *saved = output
-    ctx.save_for_backward(*inputs[2:5], out, *saved)
+    smooth_q = inputs[8]
+    ctx.save_for_backward(*inputs[2:5], out, *saved, inputs[1] if smooth_q else None)
     ctx.rest = inputs[5:]
     ctx.set_materialize_grads(False)
 
@@ -141,7 +154,7 @@ def _keep_triton(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _triton_gradient(
     ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, *of_saved: None
 ) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 6
+    nothing = (None,) * 7
     if d_out is None and d_lse is None:
         return None, None, None, *nothing
     d_out = torch.zeros_like(ctx.saved_tensors[3]) if d_out is None else d_out

@@ -19,9 +19,9 @@ from allears.ops.attention.lowbit.sagebwd_reference import sagebwd_backward, sag
 from allears.ops.attention.lowbit.varlen import backward_over_sequences, over_sequences
 
 
-def sagebwd_options(smooth_k: bool, grad_scales: str) -> LowBit:
+def sagebwd_options(smooth_k: bool, smooth_q: bool, grad_scales: str) -> LowBit:
     """The options of sagebwd from what an operator takes."""
-    return LowBit(smooth_k=smooth_k, grad_scales=cast(GradScales, grad_scales))
+    return LowBit(smooth_k=smooth_k, smooth_q=smooth_q, grad_scales=cast(GradScales, grad_scales))
 
 
 @torch.library.custom_op("allears::sagebwd_attention_reference", mutates_args=())
@@ -34,6 +34,7 @@ def sagebwd_reference(
     causal: bool,
     scale: float,
     smooth_k: bool,
+    smooth_q: bool,
     grad_scales: str,
 ) -> tuple[Tensor, Tensor]:
     """SageBwd by its reference, differentiable in both results.
@@ -43,12 +44,12 @@ def sagebwd_reference(
         k, v: (B, L_k, G, D) or (T_k, G, D).
         cu_seqlens_q, cu_seqlens_k: int32 (S + 1) of packed sequences.
         scale: factor on the logits.
-        smooth_k, grad_scales: see :class:`LowBit`.
+        smooth_k, smooth_q, grad_scales: see :class:`LowBit`.
 
     Returns:
         Output like q and the log-sum-exp, float32 (B, H, L_q) or (H, T_q), both contiguous.
     """
-    options = sagebwd_options(smooth_k, grad_scales)
+    options = sagebwd_options(smooth_k, smooth_q, grad_scales)
 
     def one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return sagebwd_forward(q, k, v, causal=causal, scale=scale, options=options)[:2]
@@ -78,10 +79,15 @@ def sagebwd_reference_backward(
     causal: bool,
     scale: float,
     smooth_k: bool,
+    smooth_q: bool,
     grad_scales: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`sagebwd_reference`; the forward runs again for what it saves."""
-    how: dict[str, Any] = {"causal": causal, "scale": scale, "options": sagebwd_options(smooth_k, grad_scales)}
+    how: dict[str, Any] = {
+        "causal": causal,
+        "scale": scale,
+        "options": sagebwd_options(smooth_k, smooth_q, grad_scales),
+    }
 
     def one(q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, d_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         _, _, saved = sagebwd_forward(q, k, v, **how)

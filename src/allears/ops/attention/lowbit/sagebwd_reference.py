@@ -10,8 +10,12 @@ saved INT8:
 * ``grad_scales="tile"``, the paper's: one scale for the tile of P, dS, dO and Q. Q has then one scale for 64 queries
   in the forward too, as one copy of it is saved.
 
+With smoothed Q (2603.02170) what is quantised is Q less the mean of its block of 128. S gets the mean's
+part back in float32, forward and backward; dQ = dS K does not change; dK = dS^T Q has two terms: the INT8 product with
+the centred Q, and in float32 (sum of dS over a block's queries)^T mean.
+
 Shapes: B batch, L_q queries, L_k keys, H query heads, G key heads, R = H / G, D head size, T tiles of 64 queries, N
-keys of a tile.
+keys of a tile, M blocks of 128 queries.
 """
 
 from typing import NamedTuple
@@ -43,7 +47,14 @@ from allears.ops.attention.lowbit.quantise import (
     quantise_weights,
     rows_of_blocks,
 )
-from allears.ops.attention.lowbit.smooth import key_mean_logits, smooth_keys
+from allears.ops.attention.lowbit.smooth import (
+    QUERY_BLOCK,
+    corrected,
+    key_mean_logits,
+    query_correction,
+    smooth_keys,
+    smooth_queries,
+)
 
 
 class SageSaved(NamedTuple):
@@ -51,7 +62,8 @@ class SageSaved(NamedTuple):
 
     q8 int8 (B, L_q, H, D), q_scale (B, H, L_q); k8 int8 (B, L_k, G, D), k_scale (B, G, M); v (B, L_k, G, D) as given;
     k_mean (B, G, D), 0 without smoothing; out (B, L_q, H, D) as returned; lse (B, H, L_q), natural, of the smoothed
-    scores.
+    scores. With smoothed Q also its means q_mean (B, M, H, D) and correction (B, H, M, L_k), what the scores lose by
+    them, not yet scaled.
     """
 
     q8: Tensor
@@ -62,6 +74,8 @@ class SageSaved(NamedTuple):
     k_mean: Tensor
     out: Tensor
     lse: Tensor
+    q_mean: Tensor | None = None
+    correction: Tensor | None = None
 
 
 def sagebwd_forward(
@@ -81,7 +95,7 @@ def sagebwd_forward(
         k, v: (B, L_k, G, D).
         causal: query ``i`` sees keys up to ``i + L_k - L_q``.
         scale: factor on the logits; ``None``: ``1 / sqrt(D)``.
-        options: ``smooth_k`` and ``grad_scales`` count here.
+        options: ``smooth_k``, ``smooth_q`` and ``grad_scales`` count here.
         p_top: the integer of a row's largest P: 127, or 255 as in Hopper's kernels.
 
     Returns:
@@ -91,25 +105,29 @@ def sagebwd_forward(
         result that shares its scale.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or ``options.smooth_q`` is set.
+        ValueError: shapes, dtypes or devices do not fit.
     """
     check_inputs(q, k, v)
-    options = _trainable(options)
+    options = options or LowBit()
     factor = softmax_scale(scale, q.shape[-1])
     keys, k_mean = smooth_keys(k) if options.smooth_k else (k.float(), k.new_zeros(k[:, 0].shape, dtype=torch.float32))
     k8, k_scale = quantise_int8_blocks(keys)
     v8, v_scale = quantise_int8_blocks(v)
+    centred, q_mean = smooth_queries(q) if options.smooth_q else (q, None)
     if options.grad_scales == "row":
-        q8, q_scale = quantise_int8_rows(q)
+        q8, q_scale = quantise_int8_rows(centred)
     else:
-        q8, tile_scale = quantise_int8_blocks(q, QUERY_TILE)
+        q8, tile_scale = quantise_int8_blocks(centred, QUERY_TILE)
         q_scale = rows_of_blocks(tile_scale, q.shape[1], QUERY_TILE)
     groups = k.shape[2]
     shape = (q.shape[0], groups, q.shape[2] // groups, q.shape[1], q.shape[3])
-    scores = int8_scores(q8, q_scale, k8, k_scale, factor)
+    scores, correction = int8_scores(q8, q_scale, k8, k_scale, factor), None
+    if q_mean is not None:
+        correction = query_correction(q_mean, keys)
+        scores = corrected(scores, correction, factor, q.shape[1], groups)
     wide, lse = online_softmax(scores, int8_product(v8, v_scale, p_top), shape, k.shape[1], causal, q.device)
     out, lse = merge_heads(wide).to(q.dtype), lse.flatten(1, 2)
-    saved = SageSaved(q8, q_scale, k8, k_scale, v, k_mean, out, lse)
+    saved = SageSaved(q8, q_scale, k8, k_scale, v, k_mean, out, lse, q_mean, correction)
     return out, lse + factor * key_mean_logits(q, k_mean), saved
 
 
@@ -142,7 +160,7 @@ def sagebwd_backward(
             f"d_out: {d_out.dtype} {tuple(d_out.shape)} given; it must be like the output, {saved.v.dtype} "
             f"{tuple(saved.out.shape)}"
         )
-    options = _trainable(options)
+    options = options or LowBit()
     factor = softmax_scale(scale, d_out.shape[-1])
     per_tile = options.grad_scales == "tile"
     queries, keys, groups = d_out.shape[1], saved.k8.shape[1], saved.k8.shape[2]
@@ -166,6 +184,11 @@ def sagebwd_backward(
     if per_tile:
         q_scale = q_scale[..., :1, :]
     scores = int8_scores(saved.q8, saved.q_scale, saved.k8, saved.k_scale, factor)
+    q_means = None
+    if saved.q_mean is not None and saved.correction is not None:
+        scores = corrected(scores, saved.correction, factor, queries, groups)
+        of_tiles = saved.q_mean.repeat_interleave(QUERY_BLOCK // QUERY_TILE, dim=1)[:, : q_tiles.shape[3]]
+        q_means = split_heads(of_tiles, groups)
     k_wide, v_wide = saved.k8.transpose(1, 2).float(), saved.v.transpose(1, 2).float()
 
     d_q = torch.zeros_like(q_tiles)
@@ -185,6 +208,8 @@ def sagebwd_backward(
             d_v[:, :, tile] = _int8_sum(*quantise_weights(weights * do_scale, -2, p_top), do8)
             d_k[:, :, tile] = _int8_sum(*quantise_int8(d_logits * q_scale, -2), q_tiles)
             ds8, ds_scale = quantise_int8(d_logits, -1)
+        if q_means is not None:
+            d_k[:, :, tile] += torch.einsum("bgrtn,bgrtd->bgnd", d_logits.sum(-2), q_means)
         k_scale = saved.k_scale[:, :, None, None, None, tile.start // KEY_BLOCK, None]
         d_q += (ds8.float() @ k_wide[:, :, None, None, tile]) * (ds_scale * k_scale)
 
@@ -200,13 +225,3 @@ def _int8_sum(left8: Tensor, scale: Tensor, right8: Tensor, right_scale: Tensor 
     if right_scale is not None:
         scale = scale * right_scale
     return ((left8.float().transpose(-1, -2) @ right8.float()) * scale.transpose(-1, -2)).sum((2, 3))
-
-
-def _trainable(options: LowBit | None) -> LowBit:
-    options = options or LowBit()
-    if options.smooth_q:
-        raise ValueError(
-            "smooth_q: True given; sagebwd does not smooth Q, as dK would take a second noisy path (arXiv 2603.02170): "
-            "leave it None"
-        )
-    return options

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from allears.ops.aot import AotCase
+from allears.ops.attention.lowbit.smooth import QUERY_BLOCK
 from allears.ops.attention.lowbit.triton_fwd import in_token_order, load_values
 from allears.ops.attention.lowbit.triton_quant import inverse_of, largest, locate, nearest_int8, other_side, scale_of
 
@@ -64,12 +65,15 @@ def _query_tile(
     do_scale,
     row_shift,
     row_lse,
+    correction,
+    q_mean,
     do_stride_l,
     do_stride_d,
     L_q,
     L_k,
     D,
     COLUMNS,
+    PADDED_KEYS,
     log2_factor,
     ROWS: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -79,6 +83,7 @@ def _query_tile(
     PADDED: tl.constexpr,
     PER_TILE: tl.constexpr,
     SHARED: tl.constexpr,
+    MEAN_OF: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
     """A tile of queries: dK and dV (ROWS, DP) of a block of keys, each in two halves, with its terms added."""
@@ -86,7 +91,11 @@ def _query_tile(
     channel = tl.arange(0, DP)
     eight = tl.load(q8 + query[None, :] * DP + channel[:, None], mask=(query < L_q)[None, :], other=0)
     factor = tl.load(q_scale + query) * log2_factor * k_factor
-    p = tl.exp2(tl.dot(keys, eight).to(tl.float32) * factor[None, :] - tl.load(row_lse + query)[None, :])
+    s = tl.dot(keys, eight).to(tl.float32) * factor[None, :]
+    if MEAN_OF:
+        row = tl.zeros((ROWS,), tl.int64) + start // MEAN_OF
+        s += tl.load(correction + row * PADDED_KEYS + tl.arange(0, ROWS))[:, None]
+    p = tl.exp2(s - tl.load(row_lse + query)[None, :])
     if MASKED:
         seen = (key < L_k)[:, None] & (query < L_q)[None, :]
         if CAUSAL:
@@ -103,6 +112,13 @@ def _query_tile(
     if not PER_TILE:
         d_p *= tl.load(do_scale + query)[None, :]
     d_s = p * (d_p - tl.load(row_shift + query)[None, :])
+    if MEAN_OF:
+        of_mean = tl.sum(d_s, axis=1)[:, None]
+        at_mean = q_mean + start // MEAN_OF * DP + tl.arange(0, DP // 2)
+        d_k_low += of_mean * tl.load(at_mean)[None, :]
+        d_k_high += of_mean * tl.load(at_mean + DP // 2)[None, :]
+        if not PER_TILE:
+            d_s *= tl.load(q_scale + query)[None, :]
     scale = _row_scales(largest(d_s, 1, HARDWARE), ROWS, SHARED, HARDWARE)
     eight = in_token_order(nearest_int8(d_s * inverse_of(scale)[:, None]), ROWS, QUERIES)
     if PER_TILE:
@@ -124,6 +140,8 @@ def sagebwd_keys_kernel(
     do_scale,
     row_shift,
     row_lse,
+    correction,
+    q_mean,
     d_k,
     d_v,
     cu_q,
@@ -156,6 +174,7 @@ def sagebwd_keys_kernel(
     PACKED: tl.constexpr,
     PADDED: tl.constexpr,
     PER_TILE: tl.constexpr,
+    MEAN_OF: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
     """ROWS keys of a key head, over all query heads that share it: d_k and d_v (B, T_k, G, D), contiguous.
@@ -163,6 +182,9 @@ def sagebwd_keys_kernel(
     q8 (B, H, T_q, DP); q8t, do8t (B, H, DP, NQ * 64) in the order of ``token_order``; q_scale, do_scale, row_shift,
     row_lse (B, H, NQ * 64), without PER_TILE the last three as folded by ``prepare_backward_kernel``, so that P and dS
     come with the scales of dO and Q; k8 (B, G, N * 128, DP), k_scale (B, G, N); v and d_out with their strides.
+    MEAN_OF: so many queries of a dense batch have lost one mean, q_mean (B, H, M, DP), and correction (B, H, M, N *
+    128) is what their scores in base 2 lost; dS then comes without the scale of Q, and dK gets the sum of dS over the
+    queries times their mean. 0 for none.
     """
     part = tl.program_id(0) % (N * (BLOCK // ROWS))
     block = part // (BLOCK // ROWS)
@@ -203,6 +225,11 @@ def sagebwd_keys_kernel(
         at_qt = q8t + head * NQ * QUERIES * DP + first_tile * QUERIES
         at_do8t = do8t + head * NQ * QUERIES * DP + first_tile * QUERIES
         at_do = d_out + b * do_stride_b + h * do_stride_h + query_base * do_stride_l
+        at_correction = correction
+        at_mean = q_mean
+        if MEAN_OF:
+            at_correction += head * tl.cdiv(L_q, MEAN_OF) * (N * BLOCK) + block * BLOCK + within
+            at_mean += head * tl.cdiv(L_q, MEAN_OF) * DP
         for plainly in tl.static_range(2):
             for start in range(plain if plainly else begin, end if plainly else tl.minimum(plain, end), QUERIES):
                 k_low, k_high, v_low, v_high = _query_tile(
@@ -224,12 +251,15 @@ def sagebwd_keys_kernel(
                     do_scale + padded,
                     row_shift + padded,
                     row_lse + padded,
+                    at_correction,
+                    at_mean,
                     do_stride_l,
                     do_stride_d,
                     queries,
                     length,
                     D,
                     NQ * QUERIES,
+                    N * BLOCK,
                     log2_factor,
                     ROWS,
                     QUERIES,
@@ -239,6 +269,7 @@ def sagebwd_keys_kernel(
                     PADDED,
                     PER_TILE,
                     SHARED,
+                    MEAN_OF,
                     HARDWARE,
                 )
     low = tl.arange(0, DP // 2)[None, :]
@@ -261,6 +292,7 @@ def _d_scores(
     last_key,
     start,
     k8,
+    correction,
     v,
     v_stride_l,
     v_stride_d,
@@ -270,12 +302,16 @@ def _d_scores(
     DP: tl.constexpr,
     MASKED: tl.constexpr,
     PADDED: tl.constexpr,
+    MEAN_OF: tl.constexpr,
 ):
     """dS (rows, KEYS) of a tile of queries and the keys from ``start``."""
     key = start + tl.arange(0, KEYS)
     channel = tl.arange(0, DP)
     keys = tl.load(k8 + key[None, :] * DP + channel[:, None])
-    p = tl.exp2(tl.dot(eight, keys).to(tl.float32) * factor[:, None] - lse[:, None])
+    s = tl.dot(eight, keys).to(tl.float32) * factor[:, None]
+    if MEAN_OF:
+        s += tl.load(correction + key)[None, :]
+    p = tl.exp2(s - lse[:, None])
     if MASKED:
         p = tl.where(key[None, :] <= last_key[:, None], p, 0.0)
     values = load_values(v, key, channel, v_stride_l, v_stride_d, L_k, D, MASKED, PADDED)
@@ -295,6 +331,7 @@ def _key_tile(
     k8,
     k8t,
     k_scale,
+    correction,
     v,
     v_stride_l,
     v_stride_d,
@@ -307,6 +344,7 @@ def _key_tile(
     MASKED: tl.constexpr,
     PADDED: tl.constexpr,
     SHARED: tl.constexpr,
+    MEAN_OF: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
     """A tile of keys: d_q (ROWS, DP) of a tile of queries, with its terms added. The keys go in two halves, to keep
@@ -322,6 +360,7 @@ def _key_tile(
         last_key,
         start,
         k8,
+        correction,
         v,
         v_stride_l,
         v_stride_d,
@@ -331,6 +370,7 @@ def _key_tile(
         DP,
         MASKED,
         PADDED,
+        MEAN_OF,
     )
     high = _d_scores(
         eight,
@@ -341,6 +381,7 @@ def _key_tile(
         last_key,
         start + KEYS // 2,
         k8,
+        correction,
         v,
         v_stride_l,
         v_stride_d,
@@ -350,6 +391,7 @@ def _key_tile(
         DP,
         MASKED,
         PADDED,
+        MEAN_OF,
     )
     larger = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
     of_rows = _row_scales(largest(larger, 1, HARDWARE), ROWS, SHARED, HARDWARE)
@@ -372,6 +414,7 @@ def sagebwd_queries_kernel(
     q_scale,
     row_shift,
     row_lse,
+    correction,
     d_q,
     row_d_lse,
     k_mean,
@@ -406,6 +449,7 @@ def sagebwd_queries_kernel(
     PADDED: tl.constexpr,
     PER_TILE: tl.constexpr,
     LSE_GRADIENT: tl.constexpr,
+    MEAN_OF: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
     """ROWS queries of a head: d_q (B, T_q, H, D), contiguous. Operands as in the kernel of the keys; k8t (B, G, DP, N *
@@ -438,6 +482,8 @@ def sagebwd_queries_kernel(
     k8t += key_head * DP * (N * KEYS) + first_block * KEYS
     k_scale += key_head * N + first_block
     v += b * v_stride_b + g * v_stride_h + key_base * v_stride_l
+    if MEAN_OF:
+        correction += (head * tl.cdiv(L_q, MEAN_OF) + first // MEAN_OF) * (N * KEYS)
 
     last_key = tl.zeros((ROWS,), tl.int32) + keys - 1
     end = keys
@@ -464,6 +510,7 @@ def sagebwd_queries_kernel(
                 k8,
                 k8t,
                 k_scale,
+                correction,
                 v,
                 v_stride_l,
                 v_stride_d,
@@ -476,6 +523,7 @@ def sagebwd_queries_kernel(
                 masked == 1,
                 PADDED,
                 SHARED,
+                MEAN_OF,
                 HARDWARE,
             )
     total *= factor
@@ -509,9 +557,10 @@ def _cases(
     spills: tuple[int, int],
     padded: int = 128,
     rows: tuple[int, int] = (128, 128),
+    centred: bool = False,
 ) -> list[AotCase]:
-    """Both kernels: with a scale for each row, or causal, packed and with a scale for each tile. ``spills`` and
-    ``rows`` are of the kernel of the keys, and of that of the queries."""
+    """Both kernels: with a scale for each row (and smoothed Q if ``centred``), or causal, packed and with a scale for
+    each tile. ``spills`` and ``rows`` are of the kernel of the keys, and of that of the queries."""
     fixed = {
         "DP": padded,
         "PADDED": False,
@@ -523,6 +572,8 @@ def _cases(
     fixed |= {"CAUSAL": packed, "PACKED": packed, "PER_TILE": packed}
     of_keys = {"q8t": "*i8", "do8t": "*i8", "do_scale": "*fp32", "d_k": "*bf16", "d_v": "*bf16", "T_k": "i32"}
     of_queries = {"k8t": "*i8", "d_q": "*bf16", "TILES": "i32"}
+    means = {"correction": "*fp32", "q_mean": "*fp32"}
+    fixed |= {"MEAN_OF": QUERY_BLOCK if centred else 0}
     cu, lse = {"cu_q": "*i32", "cu_k": "*i32"}, {"row_d_lse": "*fp32", "k_mean": "*fp32"}
     jobs = (
         ("keys", sagebwd_keys_kernel, of_keys, cu, {"BLOCK": 128, "ROWS": rows[0]}),
@@ -536,13 +587,16 @@ def _cases(
     )
     cases = []
     for (name, kernel, own, optional, constants), bound in zip(jobs, spills, strict=True):
-        signature = {**_POINTERS, **own, **_STRIDES, **_SIZES, **_FACTORS, **(optional if packed else {})}
+        of_means = {name: kind for name, kind in means.items() if name in kernel.arg_names}
+        given = {**(optional if packed else {}), **(of_means if centred else {})}
+        signature = {**_POINTERS, **own, **_STRIDES, **_SIZES, **_FACTORS, **given}
+        absent = dict.fromkeys(name for name in {**optional, **of_means} if name not in given)
         cases.append(
             AotCase(
                 name=f"sagebwd_{name}{suffix}",
                 kernel=kernel,
                 signature=signature,
-                constexprs={**fixed, **constants, **({} if packed else dict.fromkeys(optional))},
+                constexprs={**fixed, **constants, **absent},
                 instructions={chip: _PRODUCTS[chip] if max(rows) >= 64 else _SYNC for chip in chips},
                 num_warps=8,
                 num_stages=stages,
@@ -559,4 +613,5 @@ def aot_cases() -> list[AotCase]:
     cases = _cases("", False, 2, (80, 90), (350, 130))
     cases += _cases("_tile_causal_packed", True, 2, (90, 100), (1300, 750))
     cases += _cases("_one_stage", False, 1, (120,), (400, 220))
+    cases += _cases("_centred", False, 2, (80, 90), (350, 130), centred=True)
     return cases + _cases("_256", False, 1, (80, 90, 100, 120), (0, 400), padded=256, rows=(32, 32))

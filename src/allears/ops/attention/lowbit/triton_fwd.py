@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from allears.ops.aot import AotCase
+from allears.ops.attention.lowbit.smooth import QUERY_BLOCK
 from allears.ops.attention.lowbit.triton_nvfp4_quant import e4m3_code
 from allears.ops.attention.lowbit.triton_quant import inverse_of, locate, nearest_int8, other_side, scale_of
 
@@ -60,6 +61,7 @@ def int8_tile(
     k_scale,
     v,
     v_scale,
+    correction,
     v_stride_l,
     v_stride_d,
     L_k,
@@ -71,6 +73,7 @@ def int8_tile(
     PV: tl.constexpr,
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,
+    MEAN_OF: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
     """A tile of keys: the state of the online softmax, brought up to date."""
@@ -80,8 +83,11 @@ def int8_tile(
     factor = row_factor * tl.load(k_scale + start // KEYS)
     integers = tl.dot(queries, keys).to(tl.float32)
     s = integers * factor[:, None]
+    if MEAN_OF:
+        s += tl.load(correction + start + column)[None, :]
     if MASKED:
         s = tl.where((start + column)[None, :] <= last_key[:, None], s, float("-inf"))
+    if MASKED or MEAN_OF:
         tile_max = tl.max(s, axis=1)
     else:
         tile_max = tl.max(integers, axis=1) * factor
@@ -125,6 +131,7 @@ def int8_forward_kernel(
     v_scale,
     out,
     lse,
+    correction,
     cu_q,
     cu_k,
     v_stride_b,
@@ -153,11 +160,13 @@ def int8_forward_kernel(
     PACKED: tl.constexpr,
     PADDED: tl.constexpr,
     LSE: tl.constexpr,
+    MEAN_OF: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
     """ROWS queries of a head. q8 (B, H, T_q, DP), q_scale (B, H, T_q); k8 (B, G, N * 128, DP), k_scale (B, G, N). PV
     "fp8", "int8": v (B, G, DP, N * 128) in the order of ``token_order``, v_scale (B, G, N); "fp16": v as given, with
-    its strides. out with its strides; LSE: lse (B, H, T_q), natural, of the scores as made."""
+    its strides. out with its strides; LSE: lse (B, H, T_q), natural, of the scores as made. MEAN_OF: so many queries of
+    a dense batch have lost one mean, whose scores in base 2 are a row of correction (B, H, M, N * 128); 0 for none."""
     tile = tl.program_id(0) % TILES
     head = (tl.program_id(0) // TILES).to(tl.int64)
     if CAUSAL:
@@ -179,6 +188,8 @@ def int8_forward_kernel(
     else:
         v += key_head * DP * (N * KEYS) + first_block * KEYS
         v_scale += key_head * N + first_block
+    if MEAN_OF:
+        correction += (head * tl.cdiv(L_q, MEAN_OF) + first // MEAN_OF) * (N * KEYS)
 
     last_key = tl.zeros((ROWS,), tl.int32) + keys - 1
     end = keys
@@ -211,6 +222,7 @@ def int8_forward_kernel(
                 k_scale,
                 v,
                 v_scale,
+                correction,
                 v_stride_l,
                 v_stride_d,
                 keys,
@@ -222,6 +234,7 @@ def int8_forward_kernel(
                 PV,
                 PADDED,
                 masked == 1,
+                MEAN_OF,
                 HARDWARE,
             )
     empty = row_sum == 0.0
@@ -250,8 +263,11 @@ _FP8 = {90: r"wgmma\S*\.e4m3\.e4m3", 100: r"tcgen05\.mma\S*f8f6f4", 120: _SYNC +
 _BF16 = {80: _SYNC + r"\.bf16", 90: r"wgmma\S*\.bf16", 100: r"tcgen05\.mma\S*kind::f16", 120: _SYNC + r"\.bf16"}
 
 
-def _case(pv: str, packed: bool, chips: tuple[int, ...], spills: int, padded: int = 128) -> AotCase:
-    """The forward: dense, or causal and packed. At head size 128 only Hopper's registers hold it all."""
+def _case(
+    pv: str, packed: bool, chips: tuple[int, ...], spills: int, padded: int = 128, centred: bool = False
+) -> AotCase:
+    """The forward: dense (with smoothed Q if ``centred``), or causal and packed. At head size 128 only Hopper's
+    registers hold it all."""
     dtype, products = {"fp8": ("*fp8e4nv", _FP8), "fp16": ("*bf16", _BF16), "int8": ("*i8", _INT8)}[pv]
     signature = {**_POINTERS, "v": dtype, "v_scale": "*fp32", **_STRIDES, **_SIZES, "log2_factor": "fp32"}
     hopper, large = chips == (90,), padded == 256
@@ -265,12 +281,16 @@ def _case(pv: str, packed: bool, chips: tuple[int, ...], spills: int, padded: in
         "PADDED": False,
     }
     constants |= {"LSE": True, "HARDWARE": True, "v_stride_d": 1, "o_stride_d": 1}
+    if centred:
+        signature |= {"correction": "*fp32"}
+    constants |= {"MEAN_OF": QUERY_BLOCK} if centred else {"MEAN_OF": 0, "correction": None}
     if packed:
         signature |= {"cu_q": "*i32", "cu_k": "*i32"}
     else:
         constants |= {"cu_q": None, "cu_k": None}
+    kind = "_causal_packed" if packed else "_centred" if centred else ""
     return AotCase(
-        name=f"int8_forward_{pv}_{padded}{'_causal_packed' if packed else ''}_{chips[0]}",
+        name=f"int8_forward_{pv}_{padded}{kind}_{chips[0]}",
         kernel=int8_forward_kernel,
         signature=signature,
         constexprs=constants,
@@ -293,5 +313,7 @@ def aot_cases() -> list[AotCase]:
         _case("fp8", False, (90, 100, 120), 0, 256),
         _case("fp16", True, (80, 90, 100, 120), 60, 256),
         _case("int8", False, (80, 90, 100, 120), 150, 256),
+        _case("int8", False, (90,), 0, centred=True),
+        _case("int8", False, (80, 100, 120), 750, centred=True),
     ]
     return [_case(pv, packed, (90,), spills) for pv, packed, spills in hopper] + others

@@ -6,7 +6,7 @@ and :func:`backward_launch` unless the caller gives one.
 
 Shapes: B batch, L_q queries, L_k keys, H query heads, G key heads (H a multiple of G), D head size, DP = D padded to
 32, 64, 128 or 256; of S packed sequences B = 1, and L_q, L_k are all queries and keys; E = S if packed else B; N blocks
-of 128 keys, NQ tiles of 64 queries (see ``triton_quant.py``).
+of 128 keys, NQ tiles of 64 queries (see ``triton_quant.py``), M blocks of 128 queries.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from allears.ops.aot import AotCase
 from allears.ops.attention.lowbit.inputs import check_inputs, softmax_scale
 from allears.ops.attention.lowbit.options import LowBit
 from allears.ops.attention.lowbit.quantise import KEY_BLOCK, QUERY_TILE
+from allears.ops.attention.lowbit.smooth import QUERY_BLOCK
 from allears.ops.attention.lowbit.triton_bwd import sagebwd_keys_kernel, sagebwd_queries_kernel
 from allears.ops.attention.lowbit.triton_fwd import int8_forward_kernel
 from allears.ops.attention.lowbit.triton_quant import (
@@ -33,6 +34,7 @@ from allears.ops.attention.lowbit.triton_quant import (
     sizes_of,
     transpose_keys_kernel,
 )
+from allears.ops.attention.lowbit.triton_smooth_q import query_correction, query_means
 
 HOPPER_SHARED_BYTES = 227 * 1024
 LOG2_E = 1.4426950408889634
@@ -54,7 +56,7 @@ class TritonSaved(NamedTuple):
 
     q8 int8 (B, H, L_q, DP), q_scale (B, H, L_q); k8 int8 (B, G, N * 128, DP), k_scale (B, G, N); v as given; k_mean (E,
     G, DP) or None without smoothing; out as returned; lse (B, H, L_q), natural, of the smoothed scores; cu_q, cu_k or
-    None.
+    None; with smoothed Q its means q_mean (B, H, M, DP), and k as given.
     """
 
     q8: Tensor
@@ -67,6 +69,8 @@ class TritonSaved(NamedTuple):
     lse: Tensor
     cu_q: Tensor | None
     cu_k: Tensor | None
+    q_mean: Tensor | None = None
+    k: Tensor | None = None
 
 
 def missing_for(device: torch.device, pv: str) -> str:
@@ -159,6 +163,7 @@ def _forward(
     factor: float,
     with_lse: bool,
     launch: Launch | None,
+    correction: Tensor | None = None,
 ) -> Tensor | None:
     lse = torch.empty(sizes.batch, sizes.heads, sizes.queries, device=v.device) if with_lse else None
     if not q8.numel():
@@ -175,6 +180,7 @@ def _forward(
         keys.v_scale,
         out,
         lse,
+        correction,
         *cu,
         *v.stride(),
         *out.stride(),
@@ -196,6 +202,7 @@ def _forward(
         PACKED=sizes.packed,
         PADDED=sizes.padded != sizes.size,
         LSE=with_lse,
+        MEAN_OF=QUERY_BLOCK if correction is not None else 0,
         HARDWARE=on_hardware(),
         num_warps=launch.warps,
         num_stages=launch.stages,
@@ -214,11 +221,9 @@ def _batched(*tensors: Tensor, packed: bool) -> tuple[Tensor, ...]:
     return tuple(tensor.unsqueeze(0) for tensor in tensors) if packed else tensors
 
 
-def _refuse_smooth_q(options: LowBit) -> None:
+def _refuse_smooth_q(options: LowBit, why: str) -> None:
     if options.smooth_q:
-        raise ValueError(
-            "smooth_q: True given; the Triton kernels of the 8-bit families do not smooth Q: leave it None"
-        )
+        raise ValueError(f"smooth_q: True given; {why}: use the reference, or leave it None")
 
 
 def int8_forward(
@@ -258,7 +263,7 @@ def int8_forward(
         raise ValueError(f"pv: {pv!r} given; it must be 'fp8' or 'fp16'")
     sizes = _check(q4, k4, v4, cu_seqlens_q, cu_seqlens_k, pv)
     options = options or LowBit()
-    _refuse_smooth_q(options)
+    _refuse_smooth_q(options, "the Triton kernels of int8_fp8 and int8_fp16 do not smooth Q")
     factor = softmax_scale(scale, sizes.size)
     keys = quantise_keys_values(k4, v4, cu_seqlens_k, sizes, options.smooth_k, "fp8" if pv == "fp8" else "none")
     q8, q_scale, shift = quantise_queries(q4, cu_seqlens_q, sizes, keys.k_mean if return_lse else None, False)
@@ -291,25 +296,31 @@ def sagebwd_forward(
         T_q); and what :func:`sagebwd_backward` needs.
 
     Raises:
-        ValueError: the inputs do not fit, or the GPU lacks INT8 products.
+        ValueError: the inputs do not fit, the GPU lacks INT8 products, or Q of packed sequences is to be smoothed.
     """
     packed = cu_seqlens_q is not None
     q4, k4, v4 = _batched(q, k, v, packed=packed)
     sizes = _check(q4, k4, v4, cu_seqlens_q, cu_seqlens_k, "int8")
     options = options or LowBit()
-    _refuse_smooth_q(options)
+    if packed:
+        _refuse_smooth_q(options, "the Triton kernels smooth Q of dense batches alone, and cu_seqlens_q is given")
     factor = softmax_scale(scale, sizes.size)
     keys = quantise_keys_values(k4, v4, cu_seqlens_k, sizes, options.smooth_k, "int8")
-    q8, q_scale, shift = quantise_queries(q4, cu_seqlens_q, sizes, keys.k_mean, options.grad_scales == "tile")
+    q_mean = correction = None
+    if options.smooth_q:
+        q_mean = query_means(q4, sizes)
+        correction = query_correction(q_mean, k4, keys.k_mean, sizes, factor * LOG2_E)
+    per_tile = options.grad_scales == "tile"
+    q8, q_scale, shift = quantise_queries(q4, cu_seqlens_q, sizes, keys.k_mean, per_tile, q_mean)
     out = torch.empty(q4.shape, dtype=q.dtype, device=q.device)
     cu = (cu_seqlens_q, cu_seqlens_k)
-    smoothed = _forward(q8, q_scale, keys, v4, out, cu, sizes, "int8", causal, factor, True, launch)
+    smoothed = _forward(q8, q_scale, keys, v4, out, cu, sizes, "int8", causal, factor, True, launch, correction)
     assert smoothed is not None
     lse = smoothed + factor * shift if shift is not None else smoothed.clone()
     if packed:
         out, lse = out[0], lse[0]
     saved = TritonSaved(q8, q_scale, keys.k8, keys.k_scale, v, keys.k_mean, out, smoothed, cu_seqlens_q, cu_seqlens_k)
-    return out, lse, saved
+    return out, lse, saved._replace(q_mean=q_mean, k=k) if q_mean is not None else saved
 
 
 def sagebwd_backward(
@@ -337,7 +348,6 @@ def sagebwd_backward(
         ValueError: ``d_out`` or ``d_lse`` does not fit the output, or a launch does not fit the tiles of the numerics.
     """
     options = options or LowBit()
-    _refuse_smooth_q(options)
     per_tile = options.grad_scales == "tile"
     if d_out.shape != saved.out.shape or d_out.dtype != saved.v.dtype or d_out.device != saved.v.device:
         raise ValueError(
@@ -365,6 +375,9 @@ def sagebwd_backward(
         torch.empty(v.shape, dtype=v.dtype, device=v.device),
         torch.empty(v.shape, dtype=v.dtype, device=v.device),
     )
+    correction = None
+    if saved.q_mean is not None and saved.k is not None:
+        correction = query_correction(saved.q_mean, saved.k, saved.k_mean, sizes, factor * LOG2_E)
     rows = _query_operands(
         d_out, out, saved, d_lse.float().contiguous() if d_lse is not None else None, sizes, per_tile
     )
@@ -374,6 +387,7 @@ def sagebwd_backward(
         "PACKED": packed,
         "PADDED": padded != size,
         "PER_TILE": per_tile,
+        "MEAN_OF": QUERY_BLOCK if correction is not None else 0,
         "HARDWARE": on_hardware(),
     }
     numbers = (queries, keys, heads, groups, size, sizes.blocks, rows.tiles, sequences, queries)
@@ -391,6 +405,8 @@ def sagebwd_backward(
             rows.do_scale,
             rows.row_shift if per_tile else rows.folded_shift,
             rows.row_lse if per_tile else rows.folded_lse,
+            correction,
+            saved.q_mean,
             d_k,
             d_v,
             saved.cu_q,
@@ -426,6 +442,7 @@ def sagebwd_backward(
             rows.q_scale,
             rows.row_shift,
             rows.row_lse,
+            correction,
             d_q,
             rows.row_d_lse if with_mean else None,
             saved.k_mean if with_mean else None,
@@ -504,6 +521,7 @@ def _query_operands(
             PACKED=sizes.packed,
             PER_TILE=per_tile,
             LSE_GRADIENT=d_lse is not None,
+            CENTRED=saved.q_mean is not None,
             HARDWARE=on_hardware(),
             num_warps=4,
         )

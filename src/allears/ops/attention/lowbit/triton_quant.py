@@ -24,6 +24,7 @@ from torch import Tensor
 
 from allears.ops.aot import CAPABILITIES, AotCase
 from allears.ops.attention.lowbit.quantise import KEY_BLOCK, QUERY_TILE
+from allears.ops.attention.lowbit.smooth import QUERY_BLOCK
 from allears.ops.attention.lowbit.triton_nvfp4_quant import e4m3_code
 
 
@@ -248,6 +249,7 @@ def quantise_queries_kernel(
     q,
     cu,
     mean,
+    q_mean,
     q8,
     q_scale,
     shift,
@@ -267,11 +269,13 @@ def quantise_queries_kernel(
     PACKED: tl.constexpr,
     PER_TILE: tl.constexpr,
     SHIFT: tl.constexpr,
+    MEAN_OF: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
     """A tile of 64 queries of a head: q8 (B, H, T, DP) and q_scale (B, H, T), one scale a query or (PER_TILE) a tile.
     SHIFT: q . mean to shift (B, H, T), which the log-sum-exp of smoothed keys lacks. T is L, or of packed sequences all
-    queries."""
+    queries. MEAN_OF: so many queries of a dense batch have one mean, q_mean (B, H, M, DP), taken off before they are
+    quantised; 0 for none."""
     block = tl.program_id(0) % TILES
     head = (tl.program_id(0) // TILES).to(tl.int64)
     b, h = head // H, head % H
@@ -280,13 +284,17 @@ def quantise_queries_kernel(
     channel = tl.arange(0, DP)
     at_q = q + b * q_stride_b + h * q_stride_h + base * q_stride_l
     queries = load_rows(at_q, row, channel, q_stride_l, q_stride_d, length, D)
-    amax = largest(queries, 1, HARDWARE)
+    centred = queries
+    if MEAN_OF:
+        of_block = tl.load(q_mean + (head * tl.cdiv(L, MEAN_OF) + start // MEAN_OF) * DP + channel)
+        centred = tl.where((row < length)[:, None], queries - of_block[None, :], 0.0)
+    amax = largest(centred, 1, HARDWARE)
     if PER_TILE:
         amax = tl.zeros((BLOCK,), tl.float32) + largest(amax, 0, HARDWARE)
     scale = scale_of(amax, 127.0)
     at = head * T + base + row
     tl.store(q_scale + at, scale, mask=row < length)
-    eight = to_int8(queries, inverse_of(scale)[:, None])
+    eight = to_int8(centred, inverse_of(scale)[:, None])
     tl.store(q8 + at[:, None] * DP + channel[None, :], eight, mask=(row < length)[:, None])
     if SHIFT:
         entry = sequence if PACKED else b
@@ -345,6 +353,7 @@ def prepare_backward_kernel(
     PACKED: tl.constexpr,
     PER_TILE: tl.constexpr,
     LSE_GRADIENT: tl.constexpr,
+    CENTRED: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
     """A tile of 64 queries of a head, once for all its products: dO in INT8, one scale a query or (PER_TILE) a tile.
@@ -355,6 +364,7 @@ def prepare_backward_kernel(
     tile's scale. Else the scale of dO, which dV wants multiplied into P, and that of Q, which dK wants multiplied into
     dS, become part of what the scores are turned into P and dS with: P * do_scale = exp2(S - folded_lse) and dS *
     q_scale = P * do_scale * (dP * ratio - folded_shift), where ratio = q_scale / do_scale is what do_scale then holds.
+    With Q CENTRED, whose mean wants dS itself, ratio = 1 / do_scale, and the scale of Q is left out.
     """
     block = tl.program_id(0) % NQ
     head = (tl.program_id(0) // NQ).to(tl.int64)
@@ -400,7 +410,7 @@ def prepare_backward_kernel(
     else:
         # Of a query whose dO is 0 any scale will do; a small one leaves the scales of the keys to the other queries.
         divisor = tl.where(scale == 0.0, 9.094947017729282e-13, scale)
-        ratio = tl.div_rn(of_query, divisor)
+        ratio = tl.div_rn(divisor * 0.0 + 1.0 if CENTRED else of_query, divisor)
         tl.store(do_scale + to, ratio)
         tl.store(folded_lse + to, row_lse_2 - tl.log2(divisor))
         tl.store(folded_shift + to, shift * ratio)
@@ -518,9 +528,15 @@ def quantise_keys_values(
 
 
 def quantise_queries(
-    q: Tensor, cu_q: Tensor | None, sizes: Sizes, k_mean: Tensor | None, per_tile: bool
+    q: Tensor,
+    cu_q: Tensor | None,
+    sizes: Sizes,
+    k_mean: Tensor | None,
+    per_tile: bool,
+    q_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """q8 (B, H, L_q, DP), q_scale (B, H, L_q), and q . k_mean (B, H, L_q) if there is a mean."""
+    """q8 (B, H, L_q, DP), q_scale (B, H, L_q), less q_mean (B, H, M, DP) if given; q . k_mean (B, H, L_q) if there is
+    a mean."""
     rows = (sizes.batch, sizes.heads, sizes.queries)
     q8 = torch.empty(*rows, sizes.padded, dtype=torch.int8, device=q.device)
     q_scale = torch.empty(rows, device=q.device)
@@ -531,6 +547,7 @@ def quantise_queries(
             q,
             cu_q,
             k_mean,
+            q_mean,
             q8,
             q_scale,
             shift,
@@ -547,6 +564,7 @@ def quantise_queries(
             PACKED=sizes.packed,
             PER_TILE=per_tile,
             SHIFT=shift is not None,
+            MEAN_OF=QUERY_BLOCK if q_mean is not None else 0,
             HARDWARE=on_hardware(),
             num_warps=4,
         )
@@ -577,12 +595,19 @@ def aot_cases() -> list[AotCase]:
     """Every quantiser at head size 128; they use no matrix instruction."""
     keys = {"BLOCK": KEY_BLOCK, "PACKED": True}
     rows = {"BLOCK": QUERY_TILE, "PACKED": True, "PER_TILE": False, "HARDWARE": True}
+    dense = {**rows, "PACKED": False}
     values = {**keys, "SUMS": True, "VALUES": "fp8", "HARDWARE": True}
     return [
         _case("key_sums_values", key_sums_values_kernel, 8, **values),
         _case("key_mean", key_mean_kernel, 4, **keys),
         _case("quantise_keys", quantise_keys_kernel, 8, **keys, CENTRED=True, HARDWARE=True),
-        _case("quantise_queries", quantise_queries_kernel, 4, **rows, SHIFT=True),
+        _case("quantise_queries", quantise_queries_kernel, 4, **rows, SHIFT=True, MEAN_OF=0, q_mean=None),
+        _case(
+            "quantise_queries_centred", quantise_queries_kernel, 4, **dense, SHIFT=True, MEAN_OF=QUERY_BLOCK, cu=None
+        ),
         _case("transpose_keys", transpose_keys_kernel, 4, BLOCK=KEY_BLOCK),
-        _case("prepare_backward", prepare_backward_kernel, 4, **rows, LSE_GRADIENT=True),
+        _case("prepare_backward", prepare_backward_kernel, 4, **rows, LSE_GRADIENT=True, CENTRED=False),
+        _case(
+            "prepare_backward_centred", prepare_backward_kernel, 4, **dense, LSE_GRADIENT=True, CENTRED=True, cu=None
+        ),
     ]

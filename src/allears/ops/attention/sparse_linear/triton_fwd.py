@@ -259,6 +259,7 @@ def sparse_linear_forward_kernel(
                     k_scale,
                     v + start * (DP - 1),
                     v_scale,
+                    None,
                     v_stride_l,
                     v_stride_d,
                     keys,
@@ -270,6 +271,7 @@ def sparse_linear_forward_kernel(
                     "fp8",
                     PADDED,
                     step == 1,
+                    0,
                     HARDWARE,
                 )
             else:
