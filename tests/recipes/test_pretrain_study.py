@@ -132,6 +132,17 @@ def test_sagebwd_arm_trains(data, tmp_path):
     assert low["val_loss_exact"] == pytest.approx(low["val_loss"], abs=0.05)
 
 
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_sagebwd_arm_with_smoothed_queries_trains(data, tmp_path, qk_norm):
+    arm = Arm("sagebwd", qk_norm, smooth_q=True)
+    assert arm in study_arms() and refusal(arm, 16, 2, torch.device("cpu")) == ""
+    arms = [Arm("sagebwd", qk_norm), arm]
+    rows = run_study("", str(tmp_path), arms=arms, data=data, **SMALL)["arms"]
+    assert [row["status"] for row in rows.values()] == ["done", "done"]
+    plain, smooth = (row["metrics"]["val_loss"] for row in rows.values())
+    assert smooth == pytest.approx(plain, abs=0.05) and smooth != plain
+
+
 def test_an_arm_that_fails_is_named_and_tried_again(data, tmp_path, monkeypatch):
     from allears.recipes import pretrain_study
 

@@ -86,6 +86,7 @@ def reference_of(numerics, options):
     [
         ("sagebwd", LowBit(grad_scales="tile")),
         ("sagebwd", LowBit(smooth_k=False)),
+        ("sagebwd", LowBit(smooth_q=True)),
         ("int8_fp8", LowBit(backward="drop_in", smooth_q=True)),
         ("nvfp4", LowBit(backward="drop_in")),
         ("nvfp4", LowBit(backward="matched", smooth_q=False, two_level_p=False)),
@@ -338,12 +339,22 @@ def test_scales_of_tiles_stop_where_registers_do(monkeypatch):
 def test_options_that_a_kernel_lacks_are_refused():
     tile = AttentionSpec(numerics="sagebwd", lowbit=LowBit(grad_scales="tile"))
     assert backend("sagebwd", "hopper").refuses(facts(), tile).startswith("has grad_scales='row' only, 'tile' given")
-    for numerics in ("int8_fp8", "sagebwd"):
+
+
+def test_who_smooths_q(monkeypatch):
+    """Each that does not names one that does."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def reason(numerics, name, **changes):
         spec = AttentionSpec(numerics=numerics, lowbit=LowBit(smooth_q=True))
-        assert backend(numerics, "hopper").refuses(facts(), spec).startswith("does not smooth Q")
-    q, k, v = inputs(4, 4)
-    with pytest.raises(ValueError, match="does not smooth Q"):
-        attention(q, k, v, AttentionSpec("reference", numerics="sagebwd", lowbit=LowBit(smooth_q=True)))
+        return backend(numerics, name).refuses(facts(**changes), spec)
+
+    assert reason("sagebwd", "hopper").startswith("does not smooth Q; kernel='triton' does")
+    assert not reason("sagebwd", "triton", grad=True, lse=True) and not reason("sagebwd", "reference", packed=True)
+    packed = reason("sagebwd", "triton", packed=True)
+    assert packed.startswith("smooths Q of dense batches alone; kernel='reference' takes packed")
+    for numerics, name in (("int8_fp8", "hopper"), ("int8_fp8", "triton"), ("int8_fp16", "triton")):
+        assert reason(numerics, name).startswith("does not smooth Q; kernel='reference' does")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
@@ -391,7 +402,9 @@ def test_opcheck_of_references(numerics):
     if numerics in TRAINED:
         q, k, v = leaves_of(q, k, v)
     if numerics == "sagebwd":
-        torch.library.opcheck(ops_sagebwd_reference.sagebwd_reference, (q, k, v, None, None, True, 0.3, True, "row"))
+        torch.library.opcheck(
+            ops_sagebwd_reference.sagebwd_reference, (q, k, v, None, None, True, 0.3, True, True, "row")
+        )
         return
     how = (numerics, True, 0.3, True, None, True, TRAINED.get(numerics, LowBit()).backward)
     torch.library.opcheck(ops_reference.lowbit_attention_reference, (q, k, v, None, None, *how))

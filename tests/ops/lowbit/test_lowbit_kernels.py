@@ -167,9 +167,14 @@ def test_triton_forward_through_the_door(numerics):
 
 
 @pytest.mark.skipif(ON_GPU, reason="the GPU runs larger cases")
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("options", [LowBit(), LowBit(smooth_k=False, grad_scales="tile")])
-def test_triton_sagebwd_through_the_door(packed, options):
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [
+        *((options, x) for options in (LowBit(), LowBit(smooth_k=False, grad_scales="tile")) for x in (False, True)),
+        (LowBit(smooth_q=True), False),
+    ],
+)
+def test_triton_sagebwd_through_the_door(options, packed):
     q, k, v = inputs(20, 140, heads=2, groups=1, size=24, dtype=torch.float16)
     how, shape = {}, (1, 2, 20)
     if packed:
@@ -197,8 +202,10 @@ def test_opcheck_of_triton():
         for op, rest in ((ops.int8_attention_triton, (True, True, 0.2, smooth, True)),):
             torch.library.opcheck(op, (q.detach(), k.detach(), v.detach(), None, None, *rest), test_utils=parts)
             torch.library.opcheck(op, (*flat, cu_q, cu_k, *rest), test_utils=parts)
-        for tensors in ((q, k, v, None, None), (*flat, cu_q, cu_k)):
-            torch.library.opcheck(ops_sagebwd.sagebwd_triton, (*tensors, True, 0.2, smooth, "row"), test_utils=parts)
+        for tensors, centred in (((q, k, v, None, None), not smooth), ((*flat, cu_q, cu_k), False)):
+            torch.library.opcheck(
+                ops_sagebwd.sagebwd_triton, (*tensors, True, 0.2, smooth, centred, "row"), test_utils=parts
+            )
 
 
 # --- on a GPU: the kernels against the references and exact attention
@@ -237,9 +244,9 @@ def p_top(kernel):
     return 255.0 if kernel == "hopper" else 127.0
 
 
-def sagebwd_reference(kernel, scales, q, k, v, causal, d_out=None):
+def sagebwd_reference(kernel, scales, q, k, v, causal, d_out=None, smooth_q=None):
     """Output and log-sum-exp, or output and gradients, of the reference with the P that ``kernel`` has."""
-    how = {"causal": causal, "options": LowBit(grad_scales=scales)}
+    how = {"causal": causal, "options": LowBit(smooth_q=smooth_q, grad_scales=scales)}
     out, lse, saved = sagebwd_forward(q, k, v, **how, p_top=p_top(kernel))
     if d_out is None:
         return out, lse
@@ -286,13 +293,13 @@ def test_forward_on_a_gpu(numerics, kernel, dtype, shape):
 @pytest.mark.parametrize(("kernel", "scales"), TRAINING_KERNELS)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("shape", SHAPES[1:])
-def test_gradients_on_a_gpu(kernel, scales, dtype, shape):
+def test_gradients_on_a_gpu(kernel, scales, dtype, shape, smooth_q=None):
     *sizes, causal = shape
     q, k, v = on_gpu(*inputs(*sizes, batch=2, dtype=dtype))
     d_out = torch.randn_like(q)
-    options = LowBit(grad_scales=scales)
+    options = LowBit(smooth_q=smooth_q, grad_scales=scales)
     got, results = errors_of(AttentionSpec(kernel, causal, numerics="sagebwd", lowbit=options), q, k, v, causal, d_out)
-    reference = sagebwd_reference(kernel, scales, q, k, v, causal, d_out)
+    reference = sagebwd_reference(kernel, scales, q, k, v, causal, d_out, smooth_q)
     exact_out, _, exact = dense(q, k, v, causal, d_out=d_out)
     wanted = [rel(a, b) if b.any() else 0.0 for a, b in zip(reference, (exact_out, *exact), strict=True)]
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, wanted, strict=True):
@@ -300,6 +307,16 @@ def test_gradients_on_a_gpu(kernel, scales, dtype, shape):
     for name, a, b in zip(("out", "dq", "dk", "dv"), results, reference, strict=True):
         bound = 0.04 if kernel == "hopper" and name == "dq" else 0.015  # Hopper's dQ is a product in 16 bits
         assert a.dtype == dtype and rel(a, b) < bound, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("scales", ["row", "tile"])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("shape", [*SHAPES[1:], *LARGE])
+def test_smoothed_queries_on_a_gpu(scales, dtype, shape):
+    if scales == "row" or shape in SHAPES:
+        test_gradients_on_a_gpu("triton", scales, dtype, shape, smooth_q=True)
 
 
 @pytest.mark.gpu

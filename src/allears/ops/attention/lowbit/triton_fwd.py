@@ -14,36 +14,8 @@ import triton.language as tl
 
 from allears.ops.aot import AotCase
 from allears.ops.attention.lowbit.smooth import QUERY_BLOCK
-from allears.ops.attention.lowbit.triton_nvfp4_quant import e4m3_code
 from allears.ops.attention.lowbit.triton_quant import inverse_of, locate, nearest_int8, other_side, scale_of
-
-
-@triton.jit
-def in_token_order(x, ROWS: tl.constexpr, TOKENS: tl.constexpr):
-    """The columns of x (ROWS, TOKENS) in the order of ``token_order``; in an accumulator's layout nothing moves."""
-    pairs = tl.reshape(x, (ROWS, TOKENS // 16, 2, 4, 2))
-    return tl.reshape(tl.permute(pairs, (0, 1, 3, 2, 4)), (ROWS, TOKENS))
-
-
-@triton.jit
-def to_e4m3(x, HARDWARE: tl.constexpr):
-    """E4M3 of float32 from 0 to 448, to nearest, half to even; the interpreter's own conversion rounds otherwise."""
-    if HARDWARE:
-        return x.to(tl.float8e4nv)
-    return e4m3_code(x).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-
-
-@triton.jit
-def load_values(v, token, channel, stride_l, stride_d, LENGTH, D, MASKED: tl.constexpr, PADDED: tl.constexpr):
-    """(tokens, channels) of V in its dtype, 0 beyond its tokens (if MASKED) and channels (if PADDED)."""
-    at = v + token.to(tl.int64)[:, None] * stride_l + channel[None, :] * stride_d
-    if MASKED and PADDED:
-        return tl.load(at, mask=(token < LENGTH)[:, None] & (channel < D)[None, :], other=0.0)
-    if MASKED:
-        return tl.load(at, mask=(token < LENGTH)[:, None], other=0.0)
-    if PADDED:
-        return tl.load(at, mask=(channel < D)[None, :], other=0.0)
-    return tl.load(at)
+from allears.ops.attention.lowbit.triton_tiles import in_token_order, load_values, to_e4m3
 
 
 @triton.jit

@@ -17,8 +17,12 @@ from allears.ops.attention.lowbit.quantise import KEY_BLOCK
 from allears.ops.attention.lowbit.smooth import QUERY_BLOCK
 from allears.ops.attention.lowbit.triton_quant import Sizes, load_rows
 
-_KEYS = 64  # of a program of the correction
-_MEANS = 16
+_MEANS = 16  # of a product of the correction
+
+
+def _keys(padded: int) -> int:
+    """Keys of a program of the correction, by DP: what 99 KB of shared memory hold, which the smallest chips have."""
+    return 32 if padded == 256 else 64
 
 
 @triton.jit
@@ -123,7 +127,7 @@ def query_correction(q_mean: Tensor, k: Tensor, k_mean: Tensor | None, sizes: Si
     rows = sizes.blocks * KEY_BLOCK
     correction = torch.empty(sizes.batch, sizes.heads, blocks, rows, device=k.device)
     if correction.numel():
-        query_correction_kernel[(rows // _KEYS * sizes.batch * sizes.heads,)](
+        query_correction_kernel[(rows // _keys(sizes.padded) * sizes.batch * sizes.heads,)](
             q_mean,
             k,
             k_mean,
@@ -137,7 +141,7 @@ def query_correction(q_mean: Tensor, k: Tensor, k_mean: Tensor | None, sizes: Si
             blocks,
             log2_factor,
             BLOCK=KEY_BLOCK,
-            KEYS=_KEYS,
+            KEYS=_keys(sizes.padded),
             MEANS=_MEANS,
             DP=sizes.padded,
             SMOOTH_K=k_mean is not None,
@@ -156,11 +160,14 @@ def _case(name: str, kernel, warps: int, products: dict[int, tuple[str, ...]], *
 
 
 def aot_cases() -> list[AotCase]:
-    """Both kernels at head size 128."""
+    """Both kernels at head size 128, and the products at 256."""
     nothing = dict.fromkeys(CAPABILITIES, ())
     tf32 = {80: (r"mma\.sync\S*\.tf32",), 90: (r"mma\S*\.tf32",), 100: (r"mma\S*tf32",), 120: (r"mma\.sync\S*\.tf32",)}
-    keys = {"BLOCK": KEY_BLOCK, "KEYS": _KEYS, "MEANS": _MEANS, "DP": 128, "SMOOTH_K": True}
+    keys = {"BLOCK": KEY_BLOCK, "MEANS": _MEANS, "SMOOTH_K": True}
     return [
         _case("query_mean", query_mean_kernel, 8, nothing, BLOCK=QUERY_BLOCK, DP=128),
-        _case("query_correction", query_correction_kernel, 4, tf32, **keys),
+        *(
+            _case(f"query_correction_{size}", query_correction_kernel, 4, tf32, **keys, DP=size, KEYS=_keys(size))
+            for size in (128, 256)
+        ),
     ]
