@@ -20,7 +20,9 @@ class LowBit:
         smooth_k: subtract the mean over all keys from K before it is quantised (SageAttention, arXiv 2410.02367).
             Exact: every row of the scores moves by a constant. The returned log-sum-exp is that of the given K.
         smooth_q: subtract the mean of each block of 128 queries from Q and add the lost term of the scores back in
-            float32 (SageAttention3, arXiv 2505.11594, section 3). ``None``: on for nvfp4, off otherwise.
+            float32 (SageAttention3, arXiv 2505.11594, section 3). ``None``: on for nvfp4, off otherwise. In ``sagebwd``
+            (2603.02170) dK then has a second term, in float32, the sum of dS over a block times the mean; its Triton
+            kernels take dense batches alone, and Hopper's kernels do not smooth Q.
         grad_scales: granularity of the operands of dQ, dK and dV in the backward of ``sagebwd``. ``"tile"`` is the
             paper's: one scale for each tile. ``"row"``: one scale for each row of the product's output in a tile.
         backward: gradients of ``nvfp4`` and ``int8_fp8``. ``"none"`` refuses them. ``"drop_in"``: 16-bit flash
