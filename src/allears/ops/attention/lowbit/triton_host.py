@@ -32,9 +32,9 @@ from allears.ops.attention.lowbit.triton_quant import (
     quantise_keys_values,
     quantise_queries,
     sizes_of,
-    transpose_keys_kernel,
 )
 from allears.ops.attention.lowbit.triton_smooth_q import query_correction, query_means
+from allears.ops.attention.lowbit.triton_tiles import transpose_keys_kernel
 
 HOPPER_SHARED_BYTES = 227 * 1024
 LOG2_E = 1.4426950408889634

@@ -305,18 +305,6 @@ def quantise_queries_kernel(
 
 
 @triton.jit
-def transpose_keys_kernel(k8, k8t, N, BLOCK: tl.constexpr, DP: tl.constexpr):
-    """k8 (B, G, N * 128, DP) -> k8t (B, G, DP, N * 128), in the order of ``token_order``."""
-    block = tl.program_id(0) % N
-    head = (tl.program_id(0) // N).to(tl.int64)
-    position = tl.arange(0, BLOCK)
-    channel = tl.arange(0, DP)
-    at = k8 + (head * N + block) * (BLOCK * DP) + token_order(position)[:, None] * DP + channel[None, :]
-    to = k8t + (head * DP + channel[:, None]) * (N * BLOCK) + block * BLOCK + position[None, :]
-    tl.store(to, tl.trans(tl.load(at)))
-
-
-@triton.jit
 def prepare_backward_kernel(
     d_out,
     out,
@@ -573,7 +561,7 @@ def quantise_queries(
 
 _STRIDES = {f"{tensor}_stride_{axis}": "i32" for tensor in ("k", "v", "q", "do", "o") for axis in ("b", "l", "h")}
 _KINDS = {
-    "*i8": ("q8", "q8t", "do8t", "k8", "k8t"),
+    "*i8": ("q8", "q8t", "do8t", "k8"),
     "*bf16": ("q", "k", "v", "d_out", "out"),
     "*i32": ("cu",),
     "i32": ("L", "G", "H", "D", "N", "NQ", "S", "T", "TILES", "GROUP", *_STRIDES),
@@ -605,7 +593,6 @@ def aot_cases() -> list[AotCase]:
         _case(
             "quantise_queries_centred", quantise_queries_kernel, 4, **dense, SHIFT=True, MEAN_OF=QUERY_BLOCK, cu=None
         ),
-        _case("transpose_keys", transpose_keys_kernel, 4, BLOCK=KEY_BLOCK),
         _case("prepare_backward", prepare_backward_kernel, 4, **rows, LSE_GRADIENT=True, CENTRED=False),
         _case(
             "prepare_backward_centred", prepare_backward_kernel, 4, **dense, LSE_GRADIENT=True, CENTRED=True, cu=None

@@ -1,13 +1,15 @@
-"""What the forward and the backward of the 8-bit attention kernels in Triton do with a tile of numbers.
+"""What the forward and the backward of the 8-bit attention kernels in Triton do with a tile of numbers, and its order.
 
-Shapes: a tile of ROWS queries and TOKENS keys.
+Shapes: a tile of ROWS queries and TOKENS keys; B batch, G key heads, DP head size, padded, N blocks of 128 keys.
 """
 
 import triton
 import triton.language as tl
 
-from allears.ops.aot import AotCase
+from allears.ops.aot import CAPABILITIES, AotCase
+from allears.ops.attention.lowbit.quantise import KEY_BLOCK
 from allears.ops.attention.lowbit.triton_nvfp4_quant import e4m3_code
+from allears.ops.attention.lowbit.triton_quant import token_order
 
 
 @triton.jit
@@ -38,6 +40,28 @@ def load_values(v, token, channel, stride_l, stride_d, LENGTH, D, MASKED: tl.con
     return tl.load(at)
 
 
+@triton.jit
+def transpose_keys_kernel(k8, k8t, N, BLOCK: tl.constexpr, DP: tl.constexpr):
+    """k8 (B, G, N * 128, DP) -> k8t (B, G, DP, N * 128), in the order of ``token_order``."""
+    block = tl.program_id(0) % N
+    head = (tl.program_id(0) // N).to(tl.int64)
+    position = tl.arange(0, BLOCK)
+    channel = tl.arange(0, DP)
+    at = k8 + (head * N + block) * (BLOCK * DP) + token_order(position)[:, None] * DP + channel[None, :]
+    to = k8t + (head * DP + channel[:, None]) * (N * BLOCK) + block * BLOCK + position[None, :]
+    tl.store(to, tl.trans(tl.load(at)))
+
+
 def aot_cases() -> list[AotCase]:
-    """None: these functions are compiled within the kernels that call them."""
-    return []
+    """The kernel; the functions above are compiled within those that call them."""
+    return [
+        AotCase(
+            "transpose_keys",
+            transpose_keys_kernel,
+            {"k8": "*i8", "k8t": "*i8", "N": "i32"},
+            {"BLOCK": KEY_BLOCK, "DP": 128},
+            dict.fromkeys(CAPABILITIES, ()),
+            num_warps=4,
+            aligned=("k8", "k8t"),
+        )
+    ]
