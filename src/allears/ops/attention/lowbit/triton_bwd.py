@@ -112,10 +112,9 @@ def _query_tile(
     if not PER_TILE:
         d_p *= tl.load(do_scale + query)[None, :]
     d_s = p * (d_p - tl.load(row_shift + query)[None, :])
-    if MEAN_OF:
-        of_mean = tl.sum(d_s, axis=1)[:, None]
-        if not PER_TILE:
-            d_s *= tl.load(q_scale + query)[None, :]
+    of_mean = tl.sum(d_s, axis=1)[:, None]  # left out of the code where nothing takes it
+    if MEAN_OF and not PER_TILE:
+        d_s *= tl.load(q_scale + query)[None, :]
     scale = _row_scales(largest(d_s, 1, HARDWARE), ROWS, SHARED, HARDWARE)
     eight = in_token_order(nearest_int8(d_s * inverse_of(scale)[:, None]), ROWS, QUERIES)
     if PER_TILE:

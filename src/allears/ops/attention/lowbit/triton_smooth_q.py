@@ -161,8 +161,13 @@ def _case(name: str, kernel, warps: int, products: dict[int, tuple[str, ...]], *
 
 def aot_cases() -> list[AotCase]:
     """Both kernels at head size 128, and the products at 256."""
-    nothing = dict.fromkeys(CAPABILITIES, ())
-    tf32 = {80: (r"mma\.sync\S*\.tf32",), 90: (r"mma\S*\.tf32",), 100: (r"mma\S*tf32",), 120: (r"mma\.sync\S*\.tf32",)}
+    nothing: dict[int, tuple[str, ...]] = dict.fromkeys(CAPABILITIES, ())
+    tf32: dict[int, tuple[str, ...]] = {
+        80: (r"mma\.sync\S*\.tf32",),
+        90: (r"mma\S*\.tf32",),
+        100: (r"mma\S*tf32",),
+        120: (r"mma\.sync\S*\.tf32",),
+    }
     keys = {"BLOCK": KEY_BLOCK, "MEANS": _MEANS, "SMOOTH_K": True}
     return [
         _case("query_mean", query_mean_kernel, 8, nothing, BLOCK=QUERY_BLOCK, DP=128),
