@@ -1,8 +1,6 @@
 import json
 import math
-import os
 import signal
-import sys
 from itertools import pairwise
 
 import pytest
@@ -49,29 +47,6 @@ def signal_at(stop_step):
             signal.raise_signal(signal.SIGTERM)
 
     return at_step
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for one another cost more than such small products, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    """Drawing and tensorboard take most of a short run's time; the tests that look at them ask for ``pictures``."""
-    if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(loop, "draw_curves", lambda out: None)
-        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    monkeypatch.setattr(os, "fsync", lambda number: None)  # slow on a busy disk
-
-
-@pytest.fixture
-def pictures():
-    return True
 
 
 @pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "accumulate": 2}])

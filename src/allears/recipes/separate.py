@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,6 +53,10 @@ ROOM_MIX = TalkersConfig(
 """One to three talkers, clean or in noise, dry or in a room, all at once or in turns."""
 
 
+_ENDS = ("core.enter", "core.leave", "core.encoder", "core.head", "core.auxiliary")
+"""Names of the first and the last layers of both families."""
+
+
 class WithAuxiliary(nn.Module):
     """The network as the loop calls it: mixture (B, S) to (B, J, S), and in training what the auxiliary heads say."""
 
@@ -73,6 +77,8 @@ class SeparateObjective:
         steps: of the whole run; the auxiliary heads' weight follows them.
         graphs: capture the network's passes as CUDA graphs at the first step.
         ramp_steps: the shares of noisy and reverberant clips grow from 0 to the full ones over so many steps.
+        together: batches that are drawn and rendered at once, one for each of so many steps in a row: rendering is
+            many small kernels, whatever the number of clips.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class SeparateObjective:
         steps: int,
         graphs: bool = False,
         ramp_steps: int = 0,
+        together: int = 1,
     ) -> None:
         self.config, self.options, self.batch, self.seed, self.steps = config, loss, batch, seed, steps
         self._data, self._graphs = data, graphs
@@ -93,19 +100,30 @@ class SeparateObjective:
         self._sampler = TalkersSampler(data.speech, data.noise, mix, np.random.default_rng(seed))
         self._mix, self._ramp_steps = mix, ramp_steps
         self._rank = int(os.environ.get("RANK", "0"))
+        self._together, self._block = together, -1
+        self._batches: list[tuple[Tensor, Tensor]] = []
         self._ahead = Ahead(self._draw)
 
     def _draw(self, key: tuple[int, int]) -> list[TalkersSpec]:
-        share = min(1.0, key[0] / self._ramp_steps) if self._ramp_steps else 1.0
+        share = min(1.0, key[0] * self._together / self._ramp_steps) if self._ramp_steps else 1.0
         self._sampler.config = replace(
             self._mix, noisy=share * self._mix.noisy, reverberant=share * self._mix.reverberant
         )
         self._sampler.rng = np.random.default_rng([self.seed, self._rank, *key])
-        return [self._sampler.sample(f"{key[0]}-{key[1]}-{row}") for row in range(self.batch)]
+        return [self._sampler.sample(f"{key[0]}-{key[1]}-{row}") for row in range(self.batch * self._together)]
+
+    def batch_of(self, step: int) -> tuple[Tensor, Tensor]:
+        """Mixtures (B, S) and sources (B, J, S) of a step, at the network's rate."""
+        block, at = divmod(step, self._together)
+        if block != self._block or self._together == 1:
+            pair = self._renderer(self._ahead.take(block), self.config.talkers)
+            mixture, sources = (to_rate(x, self.config.sample_rate_hz) for x in pair)
+            self._block = block
+            self._batches = list(zip(mixture.split(self.batch), sources.split(self.batch), strict=True))
+        return self._batches[at]
 
     def loss(self, model: nn.Module, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
-        mixture, sources = self._renderer(self._ahead.take(step), self.config.talkers)
-        mixture, sources = (to_rate(x, self.config.sample_rate_hz) for x in (mixture, sources))
+        mixture, sources = self.batch_of(step)
         if self._graphs:
             graphed(model, mixture)
             self._graphs = False
@@ -158,6 +176,8 @@ def train_separate(
     validate_every: int = 1000,
     rooms_folder: str | None = None,
     ramp_steps: int = 0,
+    together: int = 1,
+    optimizer: Literal["adamw", "muon"] = "adamw",
     data: SeparateData | None = None,
 ) -> TrainResult:
     """Train a separator and leave float16 weights as ``out/export.safetensors`` with their configuration.
@@ -177,6 +197,8 @@ def train_separate(
         grad_clip, final_lr_ratio, warmup_steps, ema_decay, validate_every: see :class:`allears.train.TrainConfig`.
         rooms_folder: keep the simulated rooms here for the next run.
         ramp_steps: the shares of noisy and reverberant clips grow from 0 to the full ones over so many steps.
+        together: see :class:`SeparateObjective`.
+        optimizer: ``muon`` for the matrices between the first and the last layer, AdamW for all else; or ``adamw``.
         data: what :func:`load_data` gave, in place of ``corpus``, ``rirs``, ``validation_clips``, ``rooms_folder``.
 
     Raises:
@@ -204,7 +226,7 @@ def train_separate(
             raise ValueError(f"start: {start!r} lacks {min(missing)!r}; its weights are of another size or kind")
         before = origin.get("training")
     whole_run = steps or 100_000
-    objective = SeparateObjective(config, data, mixing, batch, seed, options, whole_run, graphs, ramp_steps)
+    objective = SeparateObjective(config, data, mixing, batch, seed, options, whole_run, graphs, ramp_steps, together)
     settings = TrainConfig(
         out=out,
         steps=whole_run,
@@ -219,6 +241,8 @@ def train_separate(
         warmup_steps=warmup_steps,
         ema_decay=ema_decay,
         validate_every=validate_every,
+        optimizer=optimizer,
+        muon_leave_out=_ENDS,
     )
     result = train(WithAuxiliary(net, auxiliary), objective, settings)
     record = {
@@ -240,6 +264,8 @@ def train_separate(
             "ema_decay": ema_decay,
             "seed": seed,
             "ramp_steps": ramp_steps,
+            "together": together,
+            "optimizer": optimizer,
             "auxiliary_heads": auxiliary,
             "loss": to_dict(options),
             "mix": to_dict(mixing),

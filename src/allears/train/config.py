@@ -23,6 +23,10 @@ class TrainConfig:
     """Steps of linear warm-up; at most a tenth of the run."""
     weight_decay: float = 0.01
     """Decoupled decay of parameters of two or more dimensions; the others have none."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon``: for the matrices, with AdamW for all else (:mod:`allears.train.muon`)."""
+    muon_leave_out: tuple[str, ...] = ()
+    """Matrices whose names contain one of these are AdamW's: those of the first and the last layer, by custom."""
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's averaging of the gradient and of its square."""
     grad_clip: float = 1.0
@@ -62,6 +66,8 @@ class TrainConfig:
         for name in ("final_lr_ratio", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 to 1")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer: got {self.optimizer!r}, wanted 'adamw' or 'muon'")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision: got {self.precision!r}, wanted 'bf16' or 'fp32'")
 

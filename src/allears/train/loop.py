@@ -1,4 +1,6 @@
-"""The one training loop: AdamW, averaged weights, a cosine that ends when the steps or the time end, exact resume."""
+"""The one training loop: AdamW or Muon, averaged weights, a cosine that ends with the steps or the time, exact
+resume.
+"""
 
 import logging
 import math
@@ -27,6 +29,7 @@ from allears.train.curves import draw_curves
 from allears.train.distributed import Workers
 from allears.train.ema import Ema
 from allears.train.logs import RunLog, Window
+from allears.train.muon import MuonAdamW, matrices
 from allears.train.objective import Objective
 from allears.train.rng import pack_states, restore_states, seed_all
 from allears.train.schedule import learning_rate, run_progress
@@ -69,6 +72,23 @@ def train(model: nn.Module, objective: Objective, config: TrainConfig, resume: b
         return _Run(model, objective, config, workers).go(signals, resume)
 
 
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Matrices by Muon if asked; the rest by AdamW, decayed where it has two or more dimensions."""
+    by_muon = matrices(model, config.muon_leave_out) if config.optimizer == "muon" else []
+    taken = {id(parameter) for parameter in by_muon}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not by_muon:
+        return torch.optim.AdamW(groups, config.lr, config.betas, fused=True)
+    return MuonAdamW(
+        [*groups, {"params": by_muon, "weight_decay": config.weight_decay, "muon": True}], config.lr, config.betas
+    )
+
+
 class _Run:
     def __init__(self, model: nn.Module, objective: Objective, config: TrainConfig, workers: Workers) -> None:
         self.started = time.monotonic()
@@ -78,11 +98,7 @@ class _Run:
         workers.share_model(self.model)
         self.callee: Any = torch.compile(self.model) if config.compile else self.model
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], config.lr, config.betas, fused=True)
+        self.optimizer = _optimizer(self.model, config)
         self.ema = Ema(self.model, config.ema_decay, config.ema_warmup)
         self.generator = seed_all(config.seed, workers.rank, self.device)
         self.window = Window()
