@@ -12,7 +12,7 @@ from allears.ops.conv_glu.sizes import MOST_CHANNELS, MOST_HIDDEN, MOST_TAPS, gr
 
 KERNELS = ("triton", "reference")
 """In the order in which ``kernel="auto"`` tries them."""
-AUTO = False
+AUTO = True
 """Whether ``kernel="auto"`` takes Triton at all: not before the kernels have run on a GPU and were found faster."""
 
 _Weights = tuple[Tensor, Tensor, Tensor, Tensor]
