@@ -18,31 +18,37 @@ from allears.ops import aot
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install 'allears[gpu]'", allow_module_level=True)
 
-WORKERS = 2
 WORKER = """
-import importlib, json, os, sys, traceback
+import fcntl, importlib, json, os, sys, traceback
 from allears.ops.aot import compile_case
 
-folder, rows = sys.argv[3], []
 jobs = []
 for module in json.loads(sys.argv[1]):
     try:
         cases = importlib.import_module(module).aot_cases()
         jobs += [(module, case, capability) for case in cases for capability in case.instructions]
     except Exception:
-        rows.append([module, "aot_cases", 0, 0, 0, [traceback.format_exc()]])
-for number, (module, case, capability) in enumerate(jobs):
-    try:  # whoever comes first takes it, so that no worker waits for another
-        os.close(os.open(os.path.join(folder, f"job-{number}"), os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        continue
+        jobs.append((module, None, traceback.format_exc()))
+
+def row(module, case, capability):
+    if case is None:
+        return [module, "aot_cases", 0, 0, 0, [capability]]
     try:
         build = compile_case(case, capability)
-        rows.append([module, case.name, capability, build.registers, build.shared_bytes, build.faults()])
+        return [module, case.name, capability, build.registers, build.shared_bytes, build.faults()]
     except Exception:
-        rows.append([module, case.name, capability, 0, 0, [traceback.format_exc()]])
-with open(os.path.join(folder, f"{sys.argv[2]}.json"), "w") as file:
-    json.dump(rows, file)
+        return [module, case.name, capability, 0, 0, [traceback.format_exc()]]
+
+for waits in (fcntl.LOCK_NB, 0):  # first what nobody has taken; then, until the others are done
+    for number, job in enumerate(jobs):
+        with open(os.path.join(sys.argv[2], f"job-{number}.json"), "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | waits)
+            except BlockingIOError:
+                continue
+            file.seek(0)
+            if not file.read(1):  # nobody took it, or who did was ended
+                json.dump(row(*job), file)
 """
 
 PROBE = """
@@ -112,21 +118,21 @@ def environment(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def builds(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, int, int, int, list[str]]]:
-    folder = tmp_path_factory.mktemp("aot")
-    modules = json.dumps(aot.aot_modules())
+    """One process compiles for each worker of pytest-xdist that comes here, and none what another has: they share a
+    folder of the session. Without pytest-xdist there are two."""
+    ours = tmp_path_factory.getbasetemp()
+    shared = "PYTEST_XDIST_WORKER" in os.environ
+    folder = (ours.parent if shared else ours) / "aot"
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-W", "ignore", "-c", WORKER, json.dumps(aot.aot_modules()), str(folder)]
     workers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", WORKER, modules, str(part), str(folder)],
-            env=environment(folder),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for part in range(WORKERS)
+        subprocess.Popen(command, env=environment(folder), stderr=subprocess.PIPE, text=True)
+        for _ in range(1 if shared else 2)
     ]
     said = [worker.communicate()[1] for worker in workers]
     assert not any(worker.returncode for worker in workers), "\n".join(said)
     assert not (folder / "cache").exists()
-    return [tuple(row) for part in range(WORKERS) for row in json.loads((folder / f"{part}.json").read_text())]
+    return [tuple(json.loads(path.read_text())) for path in folder.glob("job-*.json")]
 
 
 def test_every_kernel_file_is_compiled(builds) -> None:
