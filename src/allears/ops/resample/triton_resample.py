@@ -175,11 +175,11 @@ def lay_forward(flat: Tensor, stretches: Stretches, rows: int, frames: int, even
 
 
 def aot_cases() -> list[AotCase]:
-    """Of recordings of 16 bits and of signals of 32."""
-    chips = dict.fromkeys((80, 90, 100, 120), ())
+    """Of recordings of 16 bits, and on Hopper of signals of 32, which need no conversion."""
     floats = {"position": "*fp64", "speed": "*fp32", "out": "*fp32"}
     cases = []
-    for name, kind in (("int16", "*i16"), ("float32", "*fp32")):
+    for name, kind, capabilities in (("int16", "*i16", (80, 90, 100, 120)), ("float32", "*fp32", (90,))):
+        chips = dict.fromkeys(capabilities, ())
         read = {"flat": kind, "first": "*i64", "last": "*i64", **floats, "N": "i32"}
         cases.append(AotCase(f"read_{name}", read_kernel, read, {"BLOCK": _BLOCK}, chips, aligned=("flat", "out")))
         shared = {"flat": kind, "table": "*fp64", "out": "*fp32", "P": "i32"}
