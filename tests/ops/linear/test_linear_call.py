@@ -29,14 +29,14 @@ def stand_in(monkeypatch):
     module = ModuleType("allears.ops.attention.linear.triton_run")
     module.linear_attention_triton = linear_attention_triton
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("allears.ops.attention.lowbit.backends.triton_missing", lambda: "")
+    monkeypatch.setattr("allears.ops.attention.linear.call.triton_missing", lambda: "")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     return calls
 
 
 def test_a_named_kernel_runs_or_says_why_not(monkeypatch):
     q, k, v = three(1, 4, 2, 3)
-    monkeypatch.setattr("allears.ops.attention.lowbit.backends.triton_missing", lambda: "no CUDA GPU answers")
+    monkeypatch.setattr("allears.ops.attention.linear.call.triton_missing", lambda: "no CUDA GPU answers")
     choice = explain_linear(q, k, v)
     assert (choice.kernel, choice.refused, choice.able) == ("reference", {"triton": "no CUDA GPU answers"}, ())
     assert torch.equal(linear_attention(q, k, v, kernel="reference"), linear_attention(q, k, v))

@@ -9,6 +9,7 @@ from torch import Tensor
 from allears.ops.constant import constant_in_graphs
 from allears.ops.conv_glu.reference import conv_swiglu_reference, operand_dtype
 from allears.ops.conv_glu.sizes import MOST_CHANNELS, MOST_HIDDEN, MOST_TAPS, group_pads
+from allears.ops.triton_here import interpreted, triton_missing
 
 KERNELS = ("triton", "reference")
 """In the order in which ``kernel="auto"`` tries them."""
@@ -150,8 +151,6 @@ def _refuses_triton(x: Tensor, weights: _Weights, groups: int, kernel: str) -> s
 @constant_in_graphs
 def _device_refuses(kind: str, index: int | None) -> str:
     """Why Triton does not run on a device, or ``""``."""
-    from allears.ops.attention.lowbit.backends import interpreted, triton_missing
-
     missing = triton_missing()
     if missing or (kind != "cuda" and interpreted()):
         return missing

@@ -11,12 +11,12 @@ import torch
 import triton
 from torch import Tensor
 
-from allears.ops.attention.lowbit.backends import interpreted
 from allears.ops.conv_glu import sizes
 from allears.ops.conv_glu.builds import constants
 from allears.ops.conv_glu.sizes import PROGRAMS, Tile, Tiles
 from allears.ops.conv_glu.triton_backward import hidden_backward_kernel, input_backward_kernel, weights_kernel
 from allears.ops.conv_glu.triton_forward import narrow_kernel, widen_kernel
+from allears.ops.triton_here import interpreted
 
 
 class Call:

@@ -14,6 +14,7 @@ from allears.ops.gemm.reference import product_reference
 from allears.ops.gemm.schemes import Quantised, scheme_of
 from allears.ops.gemm.tuned import CUBLAS_FIRST, chip_of
 from allears.ops.norm.fused import activate_quantised
+from allears.ops.triton_here import interpreted, triton_missing
 
 KERNELS = ("cublas", "triton", "reference")
 """Of the product; ``tuned.py`` says which of the first two comes first on a chip."""
@@ -130,8 +131,6 @@ def _refuses_cublas(x: Tensor | Quantised, weight: Quantised) -> str:
 
 
 def _refuses_triton(x: Tensor | Quantised, weight: Quantised, kernel: str) -> str:
-    from allears.ops.attention.lowbit.backends import interpreted, triton_missing
-
     missing = triton_missing()
     if missing:
         return missing

@@ -16,6 +16,7 @@ from allears.ops.constant import constant_in_graphs
 from allears.ops.gemm.schemes import SCHEMES, Quantised, scheme_of
 from allears.ops.norm.fused_reference import ACTIVATIONS, NORMS, fused_rows_reference
 from allears.ops.norm.ops import fused_rows_triton
+from allears.ops.triton_here import interpreted, triton_missing
 
 KERNELS = ("triton", "reference")
 """In the order in which ``kernel="auto"`` tries them."""
@@ -163,8 +164,6 @@ def explain(*tensors: Tensor, norm: str = "layer", scheme: str | None = None, ke
 
 def refuses_triton(tensors: tuple[Tensor, ...], scheme: str | None, kernel: str) -> str:
     """Why the Triton kernels of this folder do not run a call with these tensors, the main one first; or ``""``."""
-    from allears.ops.attention.lowbit.backends import interpreted, triton_missing
-
     x = tensors[0]
     missing = triton_missing()
     if missing:

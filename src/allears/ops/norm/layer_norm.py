@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from allears.ops.triton_here import triton_missing
+
 KERNELS = ("triton", "reference")
 """In the order in which ``kernel="auto"`` tries them."""
 
@@ -60,8 +62,6 @@ def _refuses_triton(x: Tensor, weight: Tensor, bias: Tensor, kernel: str) -> str
         return "a compiled graph makes a kernel of its own, with what stands around"
     if kernel == "auto" and (x.device.type != "cuda" or x.shape[0] * x.shape[1] < _FEW_ROWS):
         return "pays for many rows on a CUDA GPU"
-    from allears.ops.attention.lowbit.backends import triton_missing
-
     missing = triton_missing()
     if missing:
         return missing

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from allears.ops.resample.reference import lay_reference, read_reference
 from allears.ops.resample.stretches import Stretches
+from allears.ops.triton_here import triton_missing
 
 KERNELS = ("triton", "reference")
 """In the order in which ``kernel="auto"`` tries them."""
@@ -88,8 +89,6 @@ def _uses_triton(flat: Tensor, grid: int, kernel: str) -> bool:
 def _refuses_triton(flat: Tensor, grid: int, kernel: str) -> str:
     if flat.device.type != "cuda" and kernel == "auto":
         return "runs on CUDA GPUs"
-    from allears.ops.attention.lowbit.backends import triton_missing
-
     missing = triton_missing()
     if missing:
         return missing

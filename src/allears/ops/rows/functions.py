@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from allears.ops.triton_here import triton_missing
+
 _FEW_ROWS = 4096
 _LARGEST_CHANNELS = 2048
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -23,8 +25,6 @@ def takes(x: Tensor, *others: Tensor) -> bool:
     """Whether the kernels pay for x (..., C): gradients are wanted, of many rows of 16 or 32 bits on a CUDA GPU."""
     if x.device.type != "cuda" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    from allears.ops.attention.lowbit.backends import triton_missing
-
     wanted = any(t.requires_grad for t in (x, *others))
     return wanted and x.dtype in _DTYPES and x.numel() >= _FEW_ROWS * x.shape[-1] and not triton_missing()
 

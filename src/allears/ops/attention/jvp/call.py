@@ -16,6 +16,7 @@ from allears.ops.attention.call import autocast_inputs, check_tensors, check_val
 from allears.ops.attention.dense.reference import reference_attention
 from allears.ops.attention.jvp.ops import attention_jvp_op
 from allears.ops.attention.jvp.reference import attention_jvp_reference
+from allears.ops.triton_here import interpreted, triton_missing
 
 KERNELS = ("triton", "reference")
 """In the order in which ``kernel="auto"`` tries them."""
@@ -81,8 +82,6 @@ def _refuses_triton(tensors: tuple[Tensor | None, ...], kernel: str) -> str:
         return "it has no backward and gradients are asked for; call it under torch.no_grad()"
     if not q.is_cuda and (kernel == "auto" or torch.cuda.is_available()):
         return f"runs on CUDA GPUs; q is on {q.device}"
-    from allears.ops.attention.lowbit.backends import interpreted, triton_missing
-
     if interpreted() and q.dtype == torch.bfloat16:
         return "Triton's interpreter takes bfloat16 for integers; give float32"
     return triton_missing()

@@ -17,6 +17,7 @@ from allears.ops.attention.linear.options import LinearOptions
 from allears.ops.attention.linear.reference import linear_attention_reference
 from allears.ops.attention.linear.state import LinearState
 from allears.ops.constant import constant_in_graphs
+from allears.ops.triton_here import triton_missing
 
 KERNELS = ("triton", "reference")
 """In the order in which ``kernel="auto"`` tries them."""
@@ -201,19 +202,13 @@ def _runner(kernel: str) -> Any:
 @constant_in_graphs
 def _missing(device: str) -> str:
     """Why Triton's kernels cannot run beside tensors on such a device, or ``""``."""
-    return _missing_beside_gpu() if device == "cuda" else _missing_anywhere()
-
-
-def _missing_anywhere() -> str:
-    from allears.ops.attention.lowbit.backends import triton_missing
-
-    return triton_missing()
+    return _missing_beside_gpu() if device == "cuda" else triton_missing()
 
 
 @cache
 def _missing_beside_gpu() -> str:
     """Where there are tensors on a GPU it answers: the search for the package, 30 us, is made once."""
-    return _missing_anywhere()
+    return triton_missing()
 
 
 def _refuses_triton(facts: _Facts) -> str:

@@ -3,8 +3,6 @@
 Shapes: B batch, L_q queries, L_k keys, H query heads, G key heads, D head size; packed T_q, T_k rows of S sequences.
 """
 
-import importlib.util
-import os
 from collections.abc import Callable
 from functools import partial
 
@@ -23,6 +21,7 @@ from allears.ops.attention.lowbit.ops_sagebwd_reference import sagebwd_reference
 from allears.ops.attention.lowbit.options import LowBit
 from allears.ops.attention.spec import AttentionSpec
 from allears.ops.constant import constant_in_graphs
+from allears.ops.triton_here import interpreted, triton_missing
 
 Result = Tensor | tuple[Tensor, Tensor]
 Trains = Callable[[AttentionSpec], bool]
@@ -143,24 +142,6 @@ def run_reference(
 def hopper_missing() -> str:
     """Why kernels for Hopper cannot be compiled here, or ``""``."""
     return nvrtc.available()
-
-
-@constant_in_graphs
-def triton_missing() -> str:
-    """Why Triton's kernels cannot run here, or ``""``."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed: pip install 'allears[gpu]'"
-    return "" if torch.cuda.is_available() or interpreted() else "no CUDA GPU answers"
-
-
-@constant_in_graphs
-def interpreted() -> bool:
-    """Whether Triton interprets its kernels on the CPU, as it does where TRITON_INTERPRET=1 is set."""
-    if os.environ.get("TRITON_INTERPRET", "0") == "0":
-        return False
-    from allears.ops.attention.lowbit.triton_quant import on_hardware
-
-    return not on_hardware()
 
 
 # --- what is refused

@@ -13,13 +13,14 @@ from torch import Tensor
 from allears.ops import nvrtc
 from allears.ops.attention.backend import nothing_missing
 from allears.ops.attention.call import Facts, lacks_func
-from allears.ops.attention.lowbit.backends import HALF, interpreted, triton_missing
+from allears.ops.attention.lowbit.backends import HALF
 from allears.ops.attention.lowbit.inputs import DTYPES, LARGEST_HEAD_SIZE
 from allears.ops.attention.sparse_linear.gathered import sparse_linear_gathered
 from allears.ops.attention.sparse_linear.ops_hopper import sparse_linear_hopper
 from allears.ops.attention.sparse_linear.options import SparseLinear
 from allears.ops.attention.sparse_linear.reference import sparse_linear_reference
 from allears.ops.constant import constant_in_graphs
+from allears.ops.triton_here import interpreted, triton_missing
 
 Run = Callable[..., tuple[Tensor, Tensor]]
 _HOPPER_HEAD_SIZE = 128

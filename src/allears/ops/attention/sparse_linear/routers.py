@@ -15,7 +15,6 @@ from torch import Tensor
 
 from allears.ops.attention.call import Packing
 from allears.ops.attention.dense.packing import locate
-from allears.ops.attention.lowbit.backends import triton_missing
 from allears.ops.attention.lowbit.inputs import DTYPES, LARGEST_HEAD_SIZE
 from allears.ops.attention.sparse_linear.blocks import Blocks, Geometry, blocks_from_order
 from allears.ops.attention.sparse_linear.ops import (
@@ -28,6 +27,7 @@ from allears.ops.attention.sparse_linear.ops import (
     sparse_linear_route,
 )
 from allears.ops.attention.sparse_linear.options import SparseLinear
+from allears.ops.triton_here import triton_missing
 
 _SPARE = 1e-4  # so that 0.05 of 20 blocks is 1 block, not 0.99999
 

@@ -6,10 +6,10 @@ Shapes: B batch, H query heads, G key heads (H a multiple of G), D head size, N_
 import torch
 from torch import Tensor
 
-from allears.ops.attention.lowbit.backends import triton_missing
 from allears.ops.attention.lowbit.inputs import LARGEST_HEAD_SIZE
 from allears.ops.attention.sparse_linear.ops import at_once, sparse_linear_scores
 from allears.ops.attention.sparse_linear.routers import block_scores
+from allears.ops.triton_here import triton_missing
 
 
 def projected_scores(

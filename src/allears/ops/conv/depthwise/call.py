@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from allears.ops.conv.depthwise.reference import depthwise_reference
+from allears.ops.triton_here import triton_missing
 
 KERNELS = ("triton", "reference")
 """In the order in which ``kernel="auto"`` tries them."""
@@ -81,8 +82,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
 def _refuses_triton(x: Tensor, kernel: str) -> str:
     if x.device.type != "cuda" and kernel == "auto":
         return "runs on CUDA GPUs"
-    from allears.ops.attention.lowbit.backends import triton_missing
-
     missing = triton_missing()
     if missing:
         return missing
