@@ -13,6 +13,7 @@ _LAZY = {
     "AttentionSpec": "allears.ops.attention",
     "LowBit": "allears.ops.attention",
     "explain": "allears.ops.attention",
+    "key_lengths_from_mask": "allears.ops.attention",
     "use_attention": "allears.nn.attention_hooks",
     "Enhancer": "allears.models.enhance",
     "Separator": "allears.models.separate",
@@ -26,8 +27,19 @@ if TYPE_CHECKING:
     from allears.ops.attention import LowBit as LowBit
     from allears.ops.attention import attention as attention
     from allears.ops.attention import explain as explain
+    from allears.ops.attention import key_lengths_from_mask as key_lengths_from_mask
 
-__all__ = ["AttentionSpec", "Enhancer", "LowBit", "Separator", "__version__", "attention", "explain", "use_attention"]
+__all__ = [
+    "AttentionSpec",
+    "Enhancer",
+    "LowBit",
+    "Separator",
+    "__version__",
+    "attention",
+    "explain",
+    "key_lengths_from_mask",
+    "use_attention",
+]
 
 
 def __getattr__(name: str):

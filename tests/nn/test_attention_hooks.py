@@ -5,8 +5,10 @@ import torch
 from tests.small_models import small_dit, small_llama, small_wan
 from torch import nn
 
-from allears import AttentionSpec
+from allears import AttentionSpec, attention
 from allears.nn.attention_hooks import AttentionHandle, use_attention
+from allears.nn.padding_masks import PaddingMasks
+from allears.ops.attention import Sparsity
 
 REFERENCE = AttentionSpec(kernel="reference")
 
@@ -18,16 +20,16 @@ def assert_agree(a, b):
 @pytest.fixture
 def calls(monkeypatch):
     """How often our attention ran, and with which mask."""
-    import allears.nn.attention_hooks as hooks
     import allears.nn.attention_processors as processors
+    import allears.nn.padding_masks as masks
 
     seen = []
-    for module in (hooks, processors):
+    for module in (masks, processors):
         inner = module.attention
 
-        def counted(q, k, v, spec=None, mask=None, *, inner=inner):
-            seen.append((spec, mask))
-            return inner(q, k, v, spec, mask)
+        def counted(q, k, v, spec=None, mask=None, *, inner=inner, **lengths):
+            seen.append((spec, mask, *lengths.values()))
+            return inner(q, k, v, spec, mask, **lengths)
 
         monkeypatch.setattr(module, "attention", counted)
     return seen
@@ -54,7 +56,7 @@ def test_llama_is_the_same_and_comes_back(llama, calls):
     before, wanted = llama.config._attn_implementation, llama(tokens).logits
     with use_attention(llama, REFERENCE):
         assert_agree(llama(tokens).logits, wanted)
-        assert len(calls) == 2 and all(spec.kernel == "reference" and spec.causal for spec, _ in calls)
+        assert len(calls) == 2 and all(spec.kernel == "reference" and spec.causal for spec, *_ in calls)
     assert llama.config._attn_implementation == before
     assert torch.equal(llama(tokens).logits, wanted) and len(calls) == 2
 
@@ -101,10 +103,71 @@ def test_bert_with_padding(bert, calls):
     handle = use_attention(bert, REFERENCE)
     assert_agree(bert(tokens, attention_mask=mask)[0], wanted)
     assert_agree(bert(tokens)[0], plain)
-    assert not any(spec.causal for spec, _ in calls) and len(calls) == 4
+    assert not any(spec.causal for spec, *_ in calls) and len(calls) == 4
     handle.undo()
     handle.undo()
     assert torch.equal(bert(tokens, attention_mask=mask)[0], wanted) and len(calls) == 4
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """Every mask whose values were read for its lengths."""
+    import allears.nn.padding_masks as masks
+
+    seen, inner = [], masks.key_lengths_from_mask
+    monkeypatch.setattr(masks, "key_lengths_from_mask", lambda mask: seen.append(mask) or inner(mask))
+    return seen
+
+
+@torch.no_grad()
+def test_bert_with_padding_in_8_bits(bert, calls, readings):
+    """Padding behind the words reaches kernels without masks as lengths, read once a forward; none: no lengths."""
+    tokens, mask = torch.randint(50, (3, 10)), torch.ones(3, 10, dtype=torch.long)
+    mask[0, 6:], mask[2, 3:] = 0, 0
+    wanted = bert(tokens, attention_mask=mask)[0]
+    with use_attention(bert, AttentionSpec(numerics="int8_fp16")):
+        out = bert(tokens, attention_mask=mask)[0]
+        assert len(calls) == 2 and all(len(call) == 3 and call[2].tolist() == [6, 10, 3] for call in calls)
+        assert len(readings) == 1
+        off = (out - wanted)[mask.bool()].norm() / wanted[mask.bool()].norm()
+        assert 0 < off < 0.02
+        alone = bert(tokens[2:, :3])[0]
+        torch.testing.assert_close(out[2:, :3], alone, atol=1e-4, rtol=1e-4)
+        full = bert(tokens, attention_mask=torch.ones_like(mask))[0]
+        torch.testing.assert_close(full, bert(tokens)[0], atol=1e-5, rtol=1e-5)
+        assert all(len(call) == 2 for call in calls[2:])
+        with pytest.raises(ValueError, match="padding at the left, or a hole"):
+            bert(tokens, attention_mask=mask.flip(-1))
+
+
+@torch.no_grad()
+def test_padded_text_for_sparse_and_causal_models(bert, llama, calls):
+    tokens, mask = torch.randint(50, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 5:] = 0
+    wanted = bert(tokens, attention_mask=mask)[0]
+    with use_attention(bert, AttentionSpec(sparse=Sparsity(keep=1.0))):
+        assert_agree(bert(tokens, attention_mask=mask)[0][mask.bool()], wanted[mask.bool()])
+    assert all(len(call) == 3 for call in calls)
+    with (
+        use_attention(llama, AttentionSpec(numerics="int8_fp8")),
+        pytest.raises(ValueError, match="queries look at different keys"),
+    ):
+        llama(tokens, attention_mask=mask)
+
+
+def test_a_mask_that_changes_is_read_again(readings):
+    masks, mask = PaddingMasks(), torch.ones(1, 1, 1, 4, dtype=torch.bool)
+    q, spec = torch.randn(2, 4, 1, 16), AttentionSpec(numerics="int8_fp16")
+    for read in (1, 1):
+        assert torch.equal(masks.attend(q, q, q, spec, mask), attention(q, q, q, spec)) and len(readings) == read
+    mask[..., 3] = False
+    wanted = attention(q, q, q, spec, key_lengths=torch.tensor([3, 3]))
+    for mine, read in ((masks, 2), (masks, 2), (PaddingMasks(), 3)):
+        assert torch.equal(mine.attend(q, q, q, spec, mask), wanted) and len(readings) == read
+    with torch.inference_mode():
+        for read in (4, 5):
+            made = mask.clone()
+            assert torch.equal(masks.attend(q, q, q, spec, made), wanted) and len(readings) == read
 
 
 def test_what_transformers_may_ask_for_and_we_do_not_have(llama, bert):
@@ -197,7 +260,7 @@ def test_dit_is_the_same_and_comes_back(calls):
 
 
 @torch.no_grad()
-def test_unet_with_cross_attention_and_masks(calls):
+def test_unet_with_cross_attention_and_masks(calls, readings):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(5)
     model = diffusers.UNet2DConditionModel(
@@ -223,8 +286,15 @@ def test_unet_with_cross_attention_and_masks(calls):
     wanted = model(**inputs).sample
     with use_attention(model):
         assert_agree(model(**inputs).sample, wanted)
-    assert len(calls) == len(model.attn_processors) and any(mask is not None for _, mask in calls)
+    layers = len(model.attn_processors)
+    assert len(calls) == layers and any(mask is not None for _, mask, *_ in calls)
     assert torch.equal(model(**inputs).sample, wanted)
+
+    with use_attention(model, AttentionSpec(numerics="int8_fp16")):
+        out = model(**inputs).sample
+    assert (out - wanted).norm() / wanted.norm() < 0.02 and len(readings) == 1
+    lengths = [call[2].tolist() for call in calls[layers:] if len(call) == 3]
+    assert lengths and all(found == [6, 3] for found in lengths)
 
 
 def test_a_layer_without_counterpart_is_named():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from allears import AttentionSpec
 from allears.nn.attention import ChannelsLastConv, CrossAttention, GatedConv, SelfAttention
 from allears.nn.rope import apply_rope, rope_table
+from allears.nn.sparse_linear_attention import SparseLinearAttention
 from allears.nn.timestep import TimestepEmbedding
 
 
@@ -156,3 +157,33 @@ def test_timestep_embedding_tells_times_apart():
     torch.manual_seed(6)
     out = TimestepEmbedding(16)(torch.tensor([0.0, 0.01, 0.5, 1.0]))
     assert torch.pdist(out).min() > 1e-3
+
+
+@pytest.mark.parametrize("spec", [AttentionSpec(), AttentionSpec(numerics="sagebwd")])
+@pytest.mark.parametrize("causal", [False, True])
+def test_padded_entries_give_what_they_give_alone(spec, causal):
+    torch.manual_seed(3)
+    layer = SelfAttention(32, 2, kv_heads=1, spec=spec, causal=causal)
+    cross = CrossAttention(32, 2, context_channels=12, spec=spec)
+    x, context, lengths = torch.randn(3, 7, 32), torch.randn(3, 5, 12), torch.tensor([7, 4, 0])
+    y, z = layer(x, lengths=lengths), cross(x, context, context_lengths=torch.tensor([2, 5, 0]))
+    for b, (rows, seen) in enumerate(((7, 2), (4, 5))):
+        torch.testing.assert_close(y[b, :rows], layer(x[b : b + 1, :rows])[0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(z[b], cross(x[b : b + 1], context[b : b + 1, :seen])[0], atol=1e-6, rtol=1e-5)
+    assert not y[1, 4:].any() and not y[2].any() and not z[2].any() and y[1, :4].any()
+
+
+def test_lengths_reach_a_core_that_takes_them():
+    torch.manual_seed(4)
+    core = SparseLinearAttention(2, 16, keep=1.0)
+    layer = SelfAttention(32, 2, core=core)
+    x, lengths = torch.randn(2, 7, 32), torch.tensor([7, 4])
+    y = layer(x, lengths=lengths)
+    torch.testing.assert_close(y[1, :4], layer(x[1:, :4])[0], atol=1e-6, rtol=1e-5)
+    assert not y[1, 4:].any()
+    cross = CrossAttention(32, 2, core=core)
+    with pytest.raises(ValueError, match="context_lengths: given, but SparseLinearAttention takes none"):
+        cross(x, x, context_lengths=lengths)
+    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"lengths=key_lengths_from_mask\(mask\)"):
+        layer(x, mask)

@@ -68,10 +68,14 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(channels, channels, bias=False)
         self.core = core
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, offset: int = 0) -> Tensor:
-        """x (B, L, C), mask broadcastable to (B, H, L, L), ``offset`` the position of x's first row."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, offset: int = 0, lengths: Tensor | None = None) -> Tensor:
+        """x (B, L, C), mask broadcastable to (B, H, L, L), ``offset`` the position of x's first row.
+
+        ``lengths`` (B,) int: how many rows of each entry exist. Any kernel takes them; what stands behind must be
+        finite, changes nothing, and comes back as 0.
+        """
         q, k, v = self._project(x, offset)
-        return self.out(_attend(self.core, q, k, v, self.spec, mask).flatten(2))
+        return self.out(_attend(self.core, q, k, v, self.spec, mask, lengths, lengths).flatten(2))
 
     def step(self, x: Tensor, state: KeyValues | None = None, keep: int | None = None) -> tuple[Tensor, KeyValues]:
         """The next rows of a stream: x (B, L, C) and what came before to (B, L, C) and the new state.
@@ -156,23 +160,42 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(channels, channels, bias=False)
         self.core = core
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, L, C), context (B, M, C'), mask broadcastable to (B, H, L, M)."""
+    def forward(
+        self, x: Tensor, context: Tensor, mask: Tensor | None = None, context_lengths: Tensor | None = None
+    ) -> Tensor:
+        """x (B, L, C), context (B, M, C'), mask broadcastable to (B, H, L, M).
+
+        ``context_lengths`` (B,) int: how many rows of the context exist in each entry, as ``key_lengths_from_mask``
+        makes of a padding mask. Any kernel takes them; a module as core does not.
+        """
         q = self.q(x).unflatten(-1, (self.heads, self.head_dim))
         k, v = self.kv(context).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.out(_attend(self.core, q, k, v, self.spec, mask).flatten(2))
+        return self.out(_attend(self.core, q, k, v, self.spec, mask, context_lengths).flatten(2))
 
 
 def _attend(
-    core: nn.Module | None, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None
+    core: nn.Module | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    mask: Tensor | None,
+    key_lengths: Tensor | None,
+    query_lengths: Tensor | None = None,
 ) -> Tensor:
-    if core is None:
+    if core is None and key_lengths is None:
         return attention(q, k, v, spec, mask)
+    if core is None:
+        return attention(q, k, v, spec, mask, key_lengths=key_lengths, query_lengths=query_lengths)
     if getattr(core, "causal", spec.causal) != spec.causal:
         raise ValueError(f"core: {type(core).__name__} has causal={core.causal}, this layer causal={spec.causal}")
-    return core(q, k, v, mask)
+    if key_lengths is None:
+        return core(q, k, v, mask)
+    if query_lengths is None:
+        raise ValueError(f"context_lengths: given, but {type(core).__name__} takes none; set core to None")
+    return core(q, k, v, mask, lengths=key_lengths)
 
 
 def _head_sizes(channels: int, heads: int, kv_heads: int | None) -> tuple[int, int, int]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from allears.core.errors import require
 from allears.nn.attention_processors import CROSS_STAYS_DENSE, Attend, is_cross, make_processors, spec_of_layer
-from allears.ops.attention import AttentionSpec, attention
+from allears.nn.padding_masks import PaddingMasks
+from allears.ops.attention import AttentionSpec
 
 _registered: dict[tuple[AttentionSpec, Attend | None], str] = {}
 
@@ -60,6 +61,9 @@ def use_attention(model: nn.Module, spec: AttentionSpec | None = None, attend: A
     ``transformers``: any model whose attention goes through ``ALL_ATTENTION_FUNCTIONS``; masks come from its mask
     interface, as booleans. ``diffusers``: models whose layers are its ``Attention`` with the standard processor
     (UNets, DiT and their kin), and Wan's transformer. Weights are not touched.
+
+    Low-bit and sparse kernels take no masks. A mask that hides padding behind the keys of each entry reaches them as
+    lengths, for which its values are read: once a forward, and that waits for the GPU. Others are refused.
 
     Args:
         model: a ``transformers`` or ``diffusers`` model (of a pipeline: ``pipe.transformer`` or ``pipe.unet``).
@@ -168,6 +172,8 @@ def _make_mask(sdpa_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor 
 
 
 def _make_function(spec: AttentionSpec, other: Attend | None) -> Callable[..., tuple[Tensor, None]]:
+    masks = PaddingMasks()
+
     def attend(
         module: nn.Module,
         query: Tensor,
@@ -198,7 +204,7 @@ def _make_function(spec: AttentionSpec, other: Attend | None) -> Callable[..., t
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         mask = _add_bias(attention_mask, position_bias)
         chosen = replace(spec_of_layer(spec, hasattr(module, _CROSS_MARK)), causal=causal, scale=scaling)
-        y = attention(q, k, v, chosen, mask) if other is None else other(module, q, k, v, chosen, mask)
+        y = masks.attend(q, k, v, chosen, mask) if other is None else other(module, q, k, v, chosen, mask)
         return y.contiguous(), None
 
     return attend

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allears.nn.padding_masks import PaddingMasks
 from allears.ops.attention import AttentionSpec, attention
 
 Attend = Callable[[Any, Tensor, Tensor, Tensor, AttentionSpec, Tensor | None], Tensor]
@@ -24,8 +25,8 @@ CROSS_STAYS_DENSE = "cross-attention: few keys; dense, on the exact kernels of t
 class StandardProcessor:
     """For diffusers' ``Attention`` module, in place of its ``AttnProcessor`` and ``AttnProcessor2_0``."""
 
-    def __init__(self, spec: AttentionSpec, attend: Attend | None = None) -> None:
-        self.spec, self.attend = spec, attend
+    def __init__(self, spec: AttentionSpec, attend: Attend | None = None, masks: PaddingMasks | None = None) -> None:
+        self.spec, self.attend, self.masks = spec, attend, masks or PaddingMasks()
 
     def __call__(
         self,
@@ -48,11 +49,16 @@ class StandardProcessor:
         k, v = (to(context).unflatten(-1, (-1, q.shape[-1])) for to in (attn.to_k, attn.to_v))
         q = q if attn.norm_q is None else _by_head(attn.norm_q, q)
         k = k if attn.norm_k is None else _by_head(attn.norm_k, k)
+        mask = None
         if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, k.shape[1], q.shape[0])
-            attention_mask = attention_mask.unflatten(0, (q.shape[0], attn.heads))
+            mask = attn.prepare_attention_mask(attention_mask, k.shape[1], q.shape[0])
+            mask = mask.unflatten(0, (q.shape[0], attn.heads))
         spec = replace(spec_of_layer(self.spec, _crosses(attn, encoder_hidden_states)), causal=False, scale=attn.scale)
-        y = _run(self.attend, attn, q, k, v, spec, attention_mask).flatten(2).to(q.dtype)
+        if self.attend is None:
+            y = self.masks.attend(q, k, v, spec, mask, attention_mask)
+        else:
+            y = self.attend(attn, q, k, v, spec, mask)
+        y = y.flatten(2).to(q.dtype)
         y = _leave(attn.to_out, y)
         y = y if image is None else y.transpose(1, 2).unflatten(2, image)
         y = y + given if attn.residual_connection else y
@@ -62,8 +68,14 @@ class StandardProcessor:
 class WanProcessor:
     """For diffusers' ``WanAttention``: self- and cross-attention, and the second context of image-to-video."""
 
-    def __init__(self, spec: AttentionSpec, attend: Attend | None = None, text_length: int = 512) -> None:
-        self.spec, self.attend = spec, attend
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        attend: Attend | None = None,
+        masks: PaddingMasks | None = None,
+        text_length: int = 512,
+    ) -> None:
+        self.spec, self.attend, self.masks = spec, attend, masks or PaddingMasks()
         self.text_length = text_length
 
     def __call__(
@@ -88,7 +100,11 @@ class WanProcessor:
         if rotary_emb is not None:
             q, k = _rotate_pairs(q, *rotary_emb), _rotate_pairs(k, *rotary_emb)
         spec = spec_of_layer(self.spec, _crosses(attn, encoder_hidden_states))
-        y = _run(self.attend, attn, q, k, v, spec, attention_mask).flatten(2).to(q.dtype)
+        if self.attend is None:
+            y = self.masks.attend(q, k, v, spec, attention_mask)
+        else:
+            y = self.attend(attn, q, k, v, spec, attention_mask)
+        y = y.flatten(2).to(q.dtype)
         if picture is not None:
             if attn.fused_projections:
                 k, v = attn.to_added_kv(picture).chunk(2, dim=-1)
@@ -123,13 +139,8 @@ def make_processors(before: Mapping[str, Any], spec: AttentionSpec, attend: Atte
     for name, processor in before.items():
         if getattr(processor, "_parallel_config", None) is not None:
             raise ValueError(f"model: {name} runs context-parallel, which is not supported; disable it first")
-    return {name: _COUNTERPARTS[type(processor).__name__](spec, attend) for name, processor in before.items()}
-
-
-def _run(
-    attend: Attend | None, attn: Any, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None
-) -> Tensor:
-    return attention(q, k, v, spec, mask) if attend is None else attend(attn, q, k, v, spec, mask)
+    masks = PaddingMasks()
+    return {name: _COUNTERPARTS[type(processor).__name__](spec, attend, masks) for name, processor in before.items()}
 
 
 def spec_of_layer(spec: AttentionSpec, cross: bool) -> AttentionSpec:

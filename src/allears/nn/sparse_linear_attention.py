@@ -142,7 +142,10 @@ class SparseLinearAttention(nn.Module):
                 what :func:`sparse_linear_attention` refuses.
         """
         if mask is not None:
-            raise ValueError("mask: given, but sparse-linear attention takes none; leave this layer dense")
+            raise ValueError(
+                "mask: given, but sparse-linear attention takes none; leave this layer dense, or give the lengths of a "
+                "padded batch: lengths=key_lengths_from_mask(mask)"
+            )
         packed = cu_seqlens is not None or cu_seqlens_k is not None
         check_heads((q, k, v), self.heads, self.kv_heads, self.head_dim, packed)
         packing = shared_packing(q, k, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k)

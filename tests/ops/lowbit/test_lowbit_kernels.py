@@ -192,6 +192,30 @@ def test_triton_sagebwd_through_the_door(options, packed):
 
 
 @pytest.mark.skipif(ON_GPU, reason="the GPU runs larger cases")
+@pytest.mark.parametrize("numerics", ["int8_fp8", "int8_fp16", "sagebwd"])
+def test_triton_with_lengths_of_padded_entries(numerics):
+    """Among them one with all keys, one without any, and queries that do not exist; what stands behind keys is NaN."""
+    triton_spec(numerics)
+    q, k, v = inputs(7, 131, heads=2, groups=1, size=24, batch=3, dtype=torch.float16)
+    k[2, 4:] = v[2, 4:] = math.nan
+    lengths = {"key_lengths": torch.tensor([131, 0, 4]), "query_lengths": torch.tensor([7, 7, 3])}
+    weights, both = (torch.randn_like(q), torch.randn(3, 2, 7)), []
+    for kernel in ("triton", "reference"):
+        spec = AttentionSpec(kernel, True, numerics=numerics)
+        leaves = leaves_of(q, k, v)
+        with torch.set_grad_enabled(numerics == "sagebwd"):
+            assert (
+                explain(*leaves, spec, **lengths, return_lse=True).form == "lengths as packed sequences, where they lie"
+            )
+            results = attention(*leaves, spec, **lengths, return_lse=True)
+        both.append([*results, *(torch.autograd.grad(results, leaves, weights) if numerics == "sagebwd" else ())])
+    lse, wanted = both[0].pop(1), both[1].pop(1)
+    torch.testing.assert_close(lse, wanted, atol=1e-3, rtol=0)
+    assert not both[0][0][1].any() and lse[1].eq(-math.inf).all() and lse[2, :, 3:].eq(-math.inf).all()
+    assert all(a.isfinite().all() and rel(a, b) < 4e-3 for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.skipif(ON_GPU, reason="the GPU runs larger cases")
 def test_opcheck_of_triton():
     triton_spec("int8_fp8")
     q, k, v = leaves_of(*inputs(9, 140, heads=2, groups=1, size=24, dtype=torch.float16))

@@ -3,6 +3,7 @@
 from allears.ops.attention.backend import Backend
 from allears.ops.attention.call import Facts
 from allears.ops.attention.dispatch import Choice, attention, backends, explain
+from allears.ops.attention.lengths import key_lengths_from_mask
 from allears.ops.attention.linear.call import explain_linear, linear_attention
 from allears.ops.attention.linear.options import LinearOptions
 from allears.ops.attention.linear.state import LinearState
@@ -33,6 +34,7 @@ __all__ = [
     "explain",
     "explain_linear",
     "explain_sparse_linear",
+    "key_lengths_from_mask",
     "linear_attention",
     "sparse_linear_attention",
 ]

@@ -13,6 +13,10 @@ from torch import Tensor
 from allears.ops.constant import constant_in_graphs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TAKES_NO_MASK = (
+    "takes no mask; use {}, causal where that says the same, or for padded keys key_lengths=key_lengths_from_mask(mask)"
+)
+"""What a kernel without masks says, with the spec that has some."""
 
 
 class Packing(NamedTuple):

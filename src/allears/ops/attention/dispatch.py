@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from allears.ops.attention.backend import Backend
-from allears.ops.attention.call import Facts, autocast_inputs, check_packing, check_tensors, gather_facts
+from allears.ops.attention.call import Facts
 from allears.ops.attention.dense.flash4 import flash4_backends
 from allears.ops.attention.dense.reference import reference_attention
 from allears.ops.attention.dense.sdpa import sdpa_backends
+from allears.ops.attention.prepared import AS_SEQUENCES, padded, prepare
 from allears.ops.attention.spec import AttentionSpec, Numerics
 from allears.ops.constant import constant_in_graphs
 
@@ -25,11 +26,13 @@ class Choice:
         kernel: its name.
         refused: why each other kernel of the same numerics cannot run the call.
         able: the other kernels that could, in the order of ``auto``.
+        form: how lengths of padded entries reach the kernel; ``""`` where there are none.
     """
 
     kernel: str
     refused: dict[str, str]
     able: tuple[str, ...] = ()
+    form: str = ""
 
 
 def _never(facts: Facts, spec: AttentionSpec) -> str:
@@ -138,6 +141,8 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    key_lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -152,6 +157,8 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    key_lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def attention(
@@ -165,6 +172,8 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    key_lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention: softmax(scale * q k^T + mask) v.
@@ -178,6 +187,12 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 offsets; sequence s owns rows cu[s] to cu[s + 1].
         max_seqlen_q, max_seqlen_k: the longest sequence; read from the offsets if missing, which waits for a GPU
             and is refused under torch.compile.
+        key_lengths: (B,) int: of a padded batch, how many keys of each entry exist; :func:`key_lengths_from_mask` makes
+            it of a padding mask. Each entry gives what it gives alone with these, also where kernels take no mask, and
+            nobody waits for the numbers; causal alignment is at the end of what exists. What stands behind gets
+            gradient 0; in dense exact attention it must be finite. On a GPU the numbers are not checked.
+        query_lengths: (B,) int: the same for the queries; ``None``: all exist. Those behind have no keys, and must be
+            finite.
         return_lse: also return the log-sum-exp of the logits, differentiable.
 
     Returns:
@@ -190,22 +205,21 @@ def attention(
             of a kernel that has none.
     """
     spec = spec or _PLAIN
-    q, k, v = autocast_inputs(q, k, v)
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    check_tensors(q, k, v, mask, packed)
-    packing = check_packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    backend = _resolve(gather_facts(q, k, v, mask, spec.causal, packed, return_lse), spec)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call = prepare(q, k, v, spec, mask, packing, key_lengths, query_lengths)
+    backend = _resolve(call.facts(return_lse), spec)
     more: dict[str, Any] = {}
-    if mask is not None:
-        more["mask"] = mask[(None,) * (4 - mask.dim())]
-    if packing is not None:
-        more.update(packing._asdict())
+    if call.mask is not None:
+        more["mask"] = call.mask[(None,) * (4 - call.mask.dim())]
+    if call.packing is not None:
+        more.update(call.packing._asdict())
     if spec.sparse is not None:
         more["options"] = spec.sparse
     elif spec.numerics != "exact":
         more["options"] = spec.lowbit
     scale = spec.scale if spec.scale is not None else 1 / math.sqrt(q.shape[-1])
-    return backend.run(q, k, v, causal=spec.causal, scale=scale, return_lse=return_lse, **more)
+    result = backend.run(call.q, call.k, call.v, causal=call.causal, scale=scale, return_lse=return_lse, **more)
+    return padded(result, q.shape[:2]) if call.form == AS_SEQUENCES else result
 
 
 def explain(
@@ -219,16 +233,16 @@ def explain(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    key_lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
     return_lse: bool = False,
 ) -> Choice:
     """Which kernel :func:`attention` would run for the same arguments, and why not each other one."""
     spec = spec or _PLAIN
-    q, k, v = autocast_inputs(q, k, v)
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    check_tensors(q, k, v, mask, packed)
-    check_packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    facts = gather_facts(q, k, v, mask, spec.causal, packed, return_lse)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call = prepare(q, k, v, spec, mask, packing, key_lengths, query_lengths)
+    facts = call.facts(return_lse)
     chosen = _resolve(facts, spec)
     reasons = {b.name: b.objection(facts, spec) for b in _order(facts, spec) if b is not chosen}
     refused = {name: reason for name, reason in reasons.items() if reason}
-    return Choice(chosen.name, refused, tuple(name for name in reasons if name not in refused))
+    return Choice(chosen.name, refused, tuple(name for name in reasons if name not in refused), call.form)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from allears.ops import nvrtc
 from allears.ops.attention.backend import Backend, Run, always_trains
-from allears.ops.attention.call import Facts, lacks_func
+from allears.ops.attention.call import TAKES_NO_MASK, Facts, lacks_func
 from allears.ops.attention.lowbit.inputs import DTYPES, LARGEST_HEAD_SIZE
 from allears.ops.attention.lowbit.ops import int8_attention_hopper, int8_attention_triton, nvfp4_attention_triton
 from allears.ops.attention.lowbit.ops_reference import lowbit_attention_reference
@@ -150,7 +150,7 @@ def hopper_missing() -> str:
 def _refuses_all(facts: Facts) -> str:
     """What no kernel of these families takes."""
     if facts.mask != "none":
-        return "takes no mask; use numerics='exact', or causal and cu_seqlens where they say the same"
+        return TAKES_NO_MASK.format("numerics='exact'")
     return lacks_func(facts)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from allears.ops.attention.backend import Backend
-from allears.ops.attention.call import Facts, Packing
+from allears.ops.attention.call import TAKES_NO_MASK, Facts, Packing
 from allears.ops.attention.sparse_linear.backends import KERNELS, Kernel
 from allears.ops.attention.sparse_linear.options import Precision, SparseLinear
 from allears.ops.attention.sparse_linear.spargeattn import spargeattn_blocks
@@ -55,7 +55,7 @@ def run_training_free(
 def _backend(kernel: Kernel, precision: Precision) -> Backend:
     def refuses(facts: Facts, spec: AttentionSpec) -> str:
         if facts.mask != "none":
-            return "takes no mask; use causal and cu_seqlens where they say the same, or sparse=None"
+            return TAKES_NO_MASK.format("sparse=None")
         assert spec.sparse is not None
         return kernel.refuses(facts, options_of(spec.sparse, precision), spec.kernel == kernel.name)
 
