@@ -144,6 +144,25 @@ def joined(clips: Sequence[Clip]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))[None]
 
 
+def chosen_clips(corpus: Path, manifest: Path, count: int) -> list[Clip]:
+    """``count`` clips of a manifest, spread evenly over it, rendered from the prepared corpus."""
+    ids = [spec.id for spec in read_specs(manifest)]
+    chosen = {ids[index] for index in spread(len(ids), count)}
+    return [Clip(*clip) for clip in render_test_set(corpus, manifest, keep=lambda spec: spec.id in chosen)]
+
+
+def record(enhancer: Enhancer, noisy: Tensor, bands: int, frames: int) -> dict[str, Recorded]:
+    """The layers' inputs in one pass over ``noisy`` (1, T), not cut into windows; ``bands`` and ``frames`` are kept of
+    each layer along time and along frequency."""
+
+    def kept(name: str) -> int:
+        return bands if name.endswith("along_time") else frames
+
+    with torch.inference_mode(), recording(enhancer.net, kept) as acts:
+        enhance(enhancer.net, enhancer.config, noisy, steps=1, generator=torch.Generator().manual_seed(0))
+    return acts
+
+
 def output_rows(enhancer: Enhancer, clips: Sequence[Clip], specs: dict[str, AttentionSpec], which: str) -> list:
     """Scores of the enhancer's waveforms with exact attention and by each spec, as means over clips.
 
@@ -207,16 +226,16 @@ class Nvfp4Case:
     """Folder of the result file."""
 
     def run(self) -> int:
-        found = self._clips()
+        found = chosen_clips(self.corpus, self.clips, self.outputs)
         enhancer = Enhancer.from_pretrained(self.weights, device="cpu")
         case_name = f"real activations, {enhancer.name}"
         long, short = ([found[i] for i in spread(len(found), count)] for count in (self.join, self.single))
-        acts = self._record(enhancer, joined(long), self.bands)
+        acts = record(enhancer, joined(long), self.bands, self.frames)
         rows = compare(acts, SYSTEMS, along, case_name)
         notes = [f"{case_name}: {self._describe(acts)} of {len(long)} validation clips joined"]
         notes.append(below(rows, case_name, acts))
         case_name += " single clips"
-        each = [self._record(enhancer, joined([clip]), 4 * self.bands) for clip in short]
+        each = [record(enhancer, joined([clip]), 4 * self.bands, self.frames) for clip in short]
         acts = {f"{name} {index}": act for index, part in enumerate(each) for name, act in part.items()}
         by_layer = compare(acts, SYSTEMS, along, case_name)
         rows += [row for row in by_layer if not row["case"][-1].isdigit()]
@@ -232,21 +251,6 @@ class Nvfp4Case:
                 print(f"{row['case']}, {row['system']}: {row['metric']} {row['value']}")
         print(f"written: {path}")
         return 0
-
-    def _clips(self) -> list[Clip]:
-        ids = [spec.id for spec in read_specs(self.clips)]
-        chosen = {ids[index] for index in spread(len(ids), self.outputs)}
-        return [Clip(*clip) for clip in render_test_set(self.corpus, self.clips, keep=lambda spec: spec.id in chosen)]
-
-    def _record(self, enhancer: Enhancer, noisy: Tensor, bands: int) -> dict[str, Recorded]:
-        """The layers' inputs in one pass over ``noisy`` (1, T), not cut into windows."""
-
-        def kept(name: str) -> int:
-            return bands if name.endswith("along_time") else self.frames
-
-        with torch.inference_mode(), recording(enhancer.net, kept) as acts:
-            enhance(enhancer.net, enhancer.config, noisy, steps=1, generator=torch.Generator().manual_seed(0))
-        return acts
 
     def _describe(self, acts: dict[str, Recorded]) -> str:
         shapes = dict.fromkeys(f"{along(name)} {' x '.join(map(str, act.q.shape))}" for name, act in acts.items())

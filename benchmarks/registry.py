@@ -37,6 +37,7 @@ _CASE_MODULES = (
     "sagebwd_pretrain",
     "sagebwd_sigma",
     "nvfp4",
+    "granularity",
     "sla2_quality",
     "separate_cost",
     "separate",
