@@ -10,7 +10,7 @@ from allears.core.errors import WeightsError
 from allears.nn.attention import CrossAttention, SelfAttention
 from allears.ops.attention import AttentionSpec, attention
 from allears.ops.attention.sparse_linear import SparseLinear
-from allears.turbo.sparse import Recording, SparseSettings, apply, record, sparsify
+from allears.turbo.sparse import Recording, SparseSettings, apply, read_reports, record, sparsify
 from allears.turbo.sparse.fit import dense
 
 SETTINGS = SparseSettings(
@@ -99,6 +99,7 @@ def test_a_model_is_made_sparse_and_dense_again(model, tmp_path):
     assert by_name["cross"].reason.startswith("too short")
     record_json = json.loads((tmp_path / "toy-sparse.json").read_text())
     assert record_json["layers"]["first"]["trials"][-1]["mass"] == by_name["first"].trials[-1].mass
+    assert read_reports(tmp_path / "toy-sparse") == reports
     installed = apply(model, tmp_path / "toy-sparse")
     assert list(installed.cores) == ["first"] and model.first.core is installed.cores["first"]
     core = installed.cores["first"]

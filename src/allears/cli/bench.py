@@ -15,6 +15,7 @@ from allears.bench.linear.settings import Settings as LinearSettings
 from allears.bench.separate.settings import Settings as SeparateSettings
 from allears.bench.sparse.settings import Settings as SparseSettings
 from allears.bench.video.settings import Settings as VideoSettings
+from allears.cli.sparse_layers import SparseLayers
 
 if TYPE_CHECKING:
     from allears.bench.attention.run import Report
@@ -165,6 +166,7 @@ class Video(Bench):
 COMMANDS = {
     "attention": Attention,
     "sparse": Sparse,
+    "sparse-layers": SparseLayers,
     "linear": Linear,
     "gemm": Gemm,
     "separate": Separate,

@@ -3,6 +3,7 @@
 from allears.turbo.sparse.fit import Sample
 from allears.turbo.sparse.install import Installed, apply
 from allears.turbo.sparse.record import Recording, record
+from allears.turbo.sparse.report import read_reports
 from allears.turbo.sparse.search import LayerReport, SparseSettings, Trial
 from allears.turbo.sparse.sparsify import sparsify
 
@@ -14,6 +15,7 @@ __all__ = [
     "SparseSettings",
     "Trial",
     "apply",
+    "read_reports",
     "record",
     "sparsify",
 ]
