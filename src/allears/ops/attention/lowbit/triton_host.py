@@ -22,7 +22,8 @@ from allears.ops.attention.lowbit.inputs import check_inputs, softmax_scale
 from allears.ops.attention.lowbit.options import LowBit
 from allears.ops.attention.lowbit.quantise import KEY_BLOCK, QUERY_TILE
 from allears.ops.attention.lowbit.smooth import QUERY_BLOCK
-from allears.ops.attention.lowbit.triton_bwd import sagebwd_keys_kernel, sagebwd_queries_kernel
+from allears.ops.attention.lowbit.triton_bwd_keys import sagebwd_keys_kernel
+from allears.ops.attention.lowbit.triton_bwd_queries import sagebwd_queries_kernel
 from allears.ops.attention.lowbit.triton_fwd import int8_forward_kernel
 from allears.ops.attention.lowbit.triton_quant import (
     QuantisedKeys,

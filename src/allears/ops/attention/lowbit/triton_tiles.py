@@ -9,7 +9,7 @@ import triton.language as tl
 from allears.ops.aot import CAPABILITIES, AotCase
 from allears.ops.attention.lowbit.quantise import KEY_BLOCK
 from allears.ops.attention.lowbit.triton_nvfp4_quant import e4m3_code
-from allears.ops.attention.lowbit.triton_quant import token_order
+from allears.ops.attention.lowbit.triton_quant import largest, scale_of, token_order
 
 
 @triton.jit
@@ -38,6 +38,24 @@ def load_values(v, token, channel, stride_l, stride_d, LENGTH, D, MASKED: tl.con
     if PADDED:
         return tl.load(at, mask=(channel < D)[None, :], other=0.0)
     return tl.load(at)
+
+
+@triton.jit
+def load_16(x, row, channel, stride_l, stride_d, LENGTH, D, PADDED: tl.constexpr):
+    """(rows, channels) in the dtype of x, 0 beyond LENGTH and (if PADDED) D."""
+    at = x + row.to(tl.int64)[:, None] * stride_l + channel[None, :] * stride_d
+    if PADDED:
+        return tl.load(at, mask=(row < LENGTH)[:, None] & (channel < D)[None, :], other=0.0)
+    return tl.load(at, mask=(row < LENGTH)[:, None], other=0.0)
+
+
+@triton.jit
+def row_scales(amax, ROWS: tl.constexpr, SHARED: tl.constexpr, HARDWARE: tl.constexpr):
+    """INT8 scales of rows with the given largest magnitudes; SHARED rows in succession have one."""
+    if SHARED > 1:
+        of_tile = largest(tl.reshape(amax, (ROWS // SHARED, SHARED)), 1, HARDWARE)
+        amax = tl.reshape(tl.broadcast_to(of_tile[:, None], (ROWS // SHARED, SHARED)), (ROWS,))
+    return scale_of(amax, 127.0)
 
 
 @triton.jit
