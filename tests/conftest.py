@@ -55,12 +55,15 @@ def settings_left_alone() -> Iterator[None]:
 def threads_left(before: set[threading.Thread], patience_s: float) -> list[str]:
     """Names of the threads beyond those of ``before`` that go on after ``patience_s``; that of tqdm, which watches all
     progress bars of a process from the first on, is not among them, nor are threads that Python did not start (a GPU's
-    of torch's backward passes)."""
+    of torch's backward passes) and those that torch.compile keeps for its compilers on a GPU."""
     end = time.monotonic() + patience_s
     while left := [
         t.name
         for t in threading.enumerate()
-        if t not in before and t.name != "tqdm_monitor" and not isinstance(t, threading._DummyThread)
+        if t not in before
+        and t.name != "tqdm_monitor"
+        and t.name != "InductorSubproc"
+        and not isinstance(t, threading._DummyThread)
     ]:
         gc.collect()  # a pool ends its threads when nobody holds it any more
         if time.monotonic() > end:

@@ -8,15 +8,10 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'allears[gpu]'")
 
-from allears.ops.conv_glu import call, conv_swiglu, runs_kernel
+from allears.ops.conv_glu import conv_swiglu, runs_kernel
 
 pytestmark = pytest.mark.gpu
 SIZES = [(64, 128, 4), (96, 128, 8), (128, 384, 4), (48, 80, 3)]
-
-
-@pytest.fixture(autouse=True)
-def auto_takes_the_kernels(monkeypatch):
-    monkeypatch.setattr(call, "AUTO", True)
 
 
 def problem(outer, rows, channels, hidden, taps):

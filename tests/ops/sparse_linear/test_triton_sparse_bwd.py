@@ -320,7 +320,7 @@ needs_gpu = pytest.mark.gpu
 
 @needs_gpu
 def test_large_heads_of_float32_are_refused():
-    with pytest.raises(ValueError, match="head size 256 given"):
+    with pytest.raises(ValueError, match="head sizes above 128; 256 given"):
         Problem(SparseLinear(), 70, 140, 1, 1, 256).run("triton")
 
 

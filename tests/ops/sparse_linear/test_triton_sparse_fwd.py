@@ -39,11 +39,20 @@ def wanted_of(q, k, v, blocks, ratio, options, **how):
 # - 1 / scale is good to 2 units in the last place there, so that of some 10,000 numbers of q one, which lies halfway
 #   between two integers, is rounded to the other: all logits of its row move, and its log-sum-exp by some 1e-3 (one of
 #   260 on an H100). The sum of a row is not to blame: it is of P as it was before rounding, in float32.
+#   Causal calls do not smooth the keys, and 16-bit keys as they are lie near halves 10 to 100 times more often than
+#   smoothed ones (1.6 of 1,000 bfloat16 ones; of smoothed ones 17 of a million): up to 5 % of the rows part (H200).
 # - Hopper's FP8 unit keeps some 14 bits in its sums, 2^-13 = 1.2e-4 of the output.
-FLIPPED, FLIPPED_LSE, FP8_SUMS = 0.02, 5e-3, 5e-4
+FLIPPED, FLIPPED_UNSMOOTHED, FLIPPED_LSE, FP8_SUMS = 0.02, 0.08, 5e-3, 5e-4
 
 
-def check(made, wanted, tolerance, lse_tolerance=1e-4, flips=False):
+def flips_of(options, causal):
+    """The share of rows that may part."""
+    if not ON_GPU or options.precision != "int8_fp8":
+        return 0.0
+    return FLIPPED_UNSMOOTHED if causal or not options.smooth_k else FLIPPED
+
+
+def check(made, wanted, tolerance, lse_tolerance=1e-4, flips=0.0):
     out, lse = made.out.float(), made.lse
     if made.o_linear is not None:
         out = out + made.o_linear.float()
@@ -51,7 +60,7 @@ def check(made, wanted, tolerance, lse_tolerance=1e-4, flips=False):
     assert rel(out, wanted[0].float()) < tolerance
     if flips:
         apart = ~torch.isclose(lse, wanted[1].float(), rtol=lse_tolerance, atol=lse_tolerance)
-        assert int(apart.sum()) <= max(1, FLIPPED * apart.numel())
+        assert int(apart.sum()) <= max(1, flips * apart.numel())
         lse_tolerance = FLIPPED_LSE
     torch.testing.assert_close(lse, wanted[1].float(), rtol=lse_tolerance, atol=lse_tolerance)
 
@@ -63,7 +72,7 @@ def compare(q, k, v, options, causal=False, keep=0.4, ratio=None, tolerance=2e-3
         ratio = torch.rand(q.shape[0], q.shape[2], geometry.n_q, device=DEVICE)
     made = sparse_linear_forward_triton(q, k, v, blocks, ratio, options, causal=causal, **how)
     how = {name: value for name, value in how.items() if name == "scale"}
-    flips = ON_GPU and options.precision == "int8_fp8"
+    flips = flips_of(options, causal)
     check(made, wanted_of(q, k, v, blocks, ratio, options, causal=causal, **how), tolerance, flips=flips)
     return made
 
@@ -130,7 +139,7 @@ def test_packed_sequences(precision, causal):
     blocks = blocks_from_map(random_map(geometry, 4, 1, 0.3))
     ratio = torch.rand(4, 1, geometry.n_q, device=DEVICE)
     made = sparse_linear_forward_triton(q, k, v, blocks, ratio, options, causal=causal, **packing)
-    flips = ON_GPU and precision == "int8_fp8"
+    flips = flips_of(options, causal)
     check(made, wanted_of(q, k, v, blocks, ratio, options, causal=causal, **packing), 2e-3, flips=flips)
     assert not made.out[70:73].any() and made.lse[:, 70:73].eq(-math.inf).all()
     with pytest.raises(ValueError, match="max_seqlen_q, max_seqlen_k: None"):
@@ -247,7 +256,8 @@ def test_real_packed_sequences(precision, causal):
     blocks = blocks_from_map(random_map(geometry, 6, 8, 0.1))
     ratio = torch.rand(6, 8, geometry.n_q, device=DEVICE)
     made = sparse_linear_forward_triton(q, k, v, blocks, ratio, options, causal=causal, **packing)
-    check(made, wanted_of(q, k, v, blocks, ratio, options, causal=causal, **packing), 8e-3)
+    wanted = wanted_of(q, k, v, blocks, ratio, options, causal=causal, **packing)
+    check(made, wanted, 8e-3, flips=flips_of(options, causal))
 
 
 @pytest.mark.gpu

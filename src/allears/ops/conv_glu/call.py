@@ -13,8 +13,6 @@ from allears.ops.triton_here import interpreted, triton_missing
 
 KERNELS = ("triton", "reference")
 """In the order in which ``kernel="auto"`` tries them."""
-AUTO = True
-"""Whether ``kernel="auto"`` takes Triton at all: not before the kernels have run on a GPU and were found faster."""
 
 _Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 _NARROW = (torch.float16, torch.bfloat16)
@@ -48,7 +46,7 @@ def conv_swiglu(
         eps: added to the mean square; above 0.
         before: 0 to K - 1.
         kernel: ``"auto"``, ``"triton"`` or ``"reference"``; a named one runs or raises with its reason. Auto takes
-            Triton (once :data:`AUTO` says so) on a CUDA GPU from compute capability 8.0 on for products in 16 bits:
+            Triton on a CUDA GPU from compute capability 8.0 on for products in 16 bits:
             those of a 16-bit x, or under autocast.
 
     Returns:
@@ -120,8 +118,6 @@ def _check(x: Tensor, weights: _Weights, groups: int, eps: float, before: int) -
 
 def _refuses_triton(x: Tensor, weights: _Weights, groups: int, kernel: str) -> str:
     """Why the Triton kernels do not run a call, or ``""``."""
-    if kernel == "auto" and not AUTO:
-        return "has not been measured on a GPU yet; name it to try it"
     if x.device.type != "cuda" and kernel == "auto":
         return "runs on CUDA GPUs"
     missing = _device_refuses(x.device.type, x.device.index)
