@@ -28,7 +28,7 @@ STAMPS := $(VENV)/.stamps
 .PHONY: help demo test lint base-install bench clean distclean
 
 help:
-	@echo "make demo   clean the recordings of demo/noisy into out/, cancel the echo of demo/echo; with reports and scores"
+	@echo "make demo   clean the recordings of demo/noisy into out/, cancel the echo of demo/echo, part the talkers of demo/talkers; with reports and scores"
 	@echo "make test   lint, base install, all tests"
 	@echo "make lint   ruff, import-linter, pyrefly"
 	@echo "make bench  run the benchmarks and write benchmarks/results/"
@@ -63,8 +63,10 @@ demo: $(STAMPS)/demo
 	$(BIN)/allears cancel-echo demo/echo/microphone.flac demo/echo/loudspeaker.flac -o out/echo/near.flac --report --overwrite
 	$(BIN)/allears eval files demo/echo/microphone.flac -r demo/clean/$(NEAR) --metrics pesq_wb si_sdr_db estoi
 	$(BIN)/allears eval files out/echo/near.flac -r demo/clean/$(NEAR) --metrics pesq_wb si_sdr_db estoi
+	@echo "two people at once, each to a file:"
+	$(BIN)/allears separate demo/talkers/two-at-once.flac -o out/talkers --report --overwrite
 	$(BIN)/allears video "a red ball rolls left behind a blue box" -o out/video.png --overwrite
-	@echo "listen: out/, look at out/video.png, and open out/report.html and out/echo/report.html in a browser"
+	@echo "listen: out/, look at out/video.png, and open out/report.html, out/echo/report.html and out/talkers/report.html in a browser"
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
