@@ -4,7 +4,8 @@ Shapes: N rooms, L samples of a response.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +76,19 @@ def _prepared(rir: Tensor) -> Tensor:
     return rir / near
 
 
+@contextmanager
+def _few_threads() -> Iterator[None]:
+    """At most eight threads for each of the CPU's many small parts of a room: on a busy machine of 32 cores as many
+    threads waited for one another, and a room took a second.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, 8))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass
 class RirBank:
     """Answers a mixture's room references with responses.
@@ -110,11 +124,12 @@ class RirBank:
         rng = np.random.default_rng([seed, 77])
         length = int(LENGTH_S * RATE)
         full = torch.zeros(rooms, talkers + 1, length, device=device)
-        for index in range(rooms):
-            responses = image_source_rir([draw(rng, talkers)], RATE, LENGTH_S, device=device)[0]
-            for source, response in enumerate(responses):
-                ready = _prepared(response)
-                full[index, source, : ready.shape[0]] = ready
+        with _few_threads():
+            for index in range(rooms):
+                responses = image_source_rir([draw(rng, talkers)], RATE, LENGTH_S, device=device)[0]
+                for source, response in enumerate(responses):
+                    ready = _prepared(response)
+                    full[index, source, : ready.shape[0]] = ready
         if cache is not None:
             np.save(cache, full.half().cpu().numpy())
         return cls(full)
