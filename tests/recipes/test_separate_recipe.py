@@ -76,6 +76,27 @@ def test_the_loss_falls_and_draws_follow_the_step(small_corpus):
     assert scores["si_snri_db"] == pytest.approx(float(gains.mean()), abs=1e-4)
 
 
+def test_batches_rendered_together_are_those_of_their_steps(small_corpus):
+    """Two steps share one rendering; a run that begins between them gets the same second half."""
+    from allears.models.separate.config import PRESETS
+    from allears.models.separate.loss import SeparateLoss
+
+    mix = TalkersConfig(**{**vars(CLEAN_MIX), "seconds": 0.25})
+    data = load_data([str(small_corpus)], torch.device("cpu"), mix, 16_000, 2, validation_clips=2)
+
+    def objective(batch, together):
+        return SeparateObjective(PRESETS["test"], data, mix, batch, 5, SeparateLoss(), 100, together=together)
+
+    at_once, whole = objective(2, 2), objective(4, 1)
+    parts = [at_once.batch_of(step) for step in (2, 3, 4)]
+    wanted = whole.batch_of(1)
+    for place in (0, 1):
+        assert torch.equal(torch.cat([part[place] for part in parts[:2]]), wanted[place])
+    assert parts[0][0].shape == (2, 4000) and not torch.equal(parts[2][0], parts[0][0])
+    resumed = objective(2, 2).batch_of(3)
+    assert torch.equal(resumed[0], parts[1][0]) and torch.equal(resumed[1], parts[1][1])
+
+
 def test_silent_outputs_take_the_room_mixtures(small_corpus, tmp_path):
     settings = SMALL | {"preset": "test", "rirs": 2}
     RECIPES["separate"](
