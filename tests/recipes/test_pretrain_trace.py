@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from allears.models.language import LanguageConfig, LanguageModel
 from allears.models.language.loss import next_token_loss
 from allears.ops.attention import LowBit
 from allears.recipes.pretrain_trace import (
+    Q_SMOOTHING,
     TENSORS,
     Activations,
     cosine,
@@ -103,7 +105,7 @@ def test_finer_scales_err_less_and_errors_are_those_of_eight_bits(model, tokens)
     rows = trace_errors(model, tokens)
     assert model.attentions()[0].spec.numerics == "exact"
     errors = {(r["layer"], r["grad_scales"], r["tensor"], r["metric"]): r["value"] for r in rows}
-    assert len(errors) == len(rows) == 2 * (6 + 2 * 2 * len(TENSORS))
+    assert len(errors) == len(rows) == 2 * (6 + 3 * 2 * len(TENSORS))
     for layer in range(2):
         assert errors[layer, "row", "dP", "rel_l2"] < 1e-6
         for name in ("S", "P", "O", "dS", "dQ", "dK", "dV"):
@@ -118,6 +120,20 @@ def test_finer_scales_err_less_and_errors_are_those_of_eight_bits(model, tokens)
     assert errors[0, None, "P", "rms"] == pytest.approx(float(shown.square().mean().sqrt()), rel=1e-5)
 
 
-def test_smoothed_queries_are_refused(model, tokens):
-    with pytest.raises(ValueError, match="smooth_q: True"):
-        trace_errors(model, tokens, LowBit(smooth_q=True))
+def test_smoothed_queries_err_less_where_they_share_an_offset():
+    act = _random(150)
+    act = replace(act, q=act.q + 4 * torch.randn(16, generator=torch.Generator().manual_seed(8)))
+    exact = exact_tensors(act, smooth_k=True)
+    plain, smoothed = (sagebwd_tensors(act, LowBit(smooth_q=smooth_q)) for smooth_q in (None, True))
+    for name in ("S", "P", "dS", "O", "dQ"):
+        assert rel_l2(smoothed[name], exact[name]) < 0.8 * rel_l2(plain[name], exact[name]), name
+
+
+def test_the_trace_has_smoothed_queries_too(model, tokens):
+    """Its rows are the errors of the tensors that the reference has with them."""
+    rows = {(r["layer"], r["grad_scales"], r["tensor"], r["metric"]): r["value"] for r in trace_errors(model, tokens)}
+    act = record_activations(model, tokens)[1]
+    found = sagebwd_tensors(act, LowBit(smooth_q=True))["dK"]
+    assert rows[1, Q_SMOOTHING, "dK", "rel_l2"] == pytest.approx(
+        rel_l2(found, exact_tensors(act, True)["dK"]), rel=1e-3
+    )

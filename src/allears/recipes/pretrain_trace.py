@@ -18,9 +18,11 @@ from allears.ops.attention.lowbit.int8_reference import int8_scores
 from allears.ops.attention.lowbit.online_softmax import LN_2, hidden_keys, key_tiles
 from allears.ops.attention.lowbit.options import GradScales
 from allears.ops.attention.lowbit.sagebwd_reference import sagebwd_backward, sagebwd_forward
-from allears.ops.attention.lowbit.smooth import smooth_keys
+from allears.ops.attention.lowbit.smooth import corrected, smooth_keys
 
 TENSORS = ("S", "P", "D", "dP", "dS", "O", "dQ", "dK", "dV")
+Q_SMOOTHING = "row-q-smoothing"
+"""``grad_scales`` of the rows with scales a row and smoothed queries."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,16 @@ def exact_tensors(act: Activations, smooth_k: bool) -> dict[str, Tensor]:
 def sagebwd_tensors(act: Activations, options: LowBit) -> dict[str, Tensor]:
     """The same tensors as SageBwd has them; P and dS are those before they are quantised for the products.
 
+    With smoothed queries S is the sum of the integers' product and of what they lack.
+
     dP is a product in 16 bit of 16-bit inputs and sums in float32, so that it is exact but for the order of the sum.
     """
     out, _, saved = sagebwd_forward(act.q, act.k, act.v, causal=True, options=options)
     d_q, d_k, d_v = sagebwd_backward(act.d_out, saved, causal=True, options=options)
     length, factor = act.q.shape[1], softmax_scale(None, act.q.shape[-1])
     tile_scores = int8_scores(saved.q8, saved.q_scale, saved.k8, saved.k_scale, factor)
+    if saved.correction is not None:
+        tile_scores = corrected(tile_scores, saved.correction, factor, length, act.k.shape[2])
     scores = torch.cat([tile_scores(tile) for tile in key_tiles(length)], dim=-1).flatten(1, 2) * LN_2
     hidden = hidden_keys(length, length, slice(0, length), act.q.device)
     weights = (scores - saved.lse.unsqueeze(-1)).exp().masked_fill(hidden, 0.0)
@@ -136,24 +142,22 @@ def rel_l2(x: Tensor, exact: Tensor) -> float:
 
 
 def trace_errors(model: LanguageModel, tokens: Tensor, options: LowBit | None = None) -> list[dict[str, Any]]:
-    """Errors of SageBwd on the activations of ``model``, layer by layer, in both granularities of ``grad_scales``.
+    """Errors of SageBwd on the activations of ``model``, layer by layer, in both granularities of ``grad_scales``, and
+    with scales a row once more with smoothed queries (:data:`Q_SMOOTHING`).
 
     Args:
         model: trained; run with exact attention.
         tokens: (B, L + 1) int64, on the model's device.
-        options: ``smooth_k`` counts; Q is not smoothed here.
+        options: ``smooth_k`` counts.
 
     Returns:
         Rows of ``layer``, ``grad_scales``, ``tensor``, ``metric`` and ``value``. Metrics ``cosine`` and ``rel_l2`` for
         each of :data:`TENSORS`; with ``grad_scales`` None what the layer holds: ``sigma`` of Q, K and smoothed K
         (``K'``), ``rms`` of P, dP and dS over what causal attention shows.
-
-    Raises:
-        ValueError: ``options.smooth_q`` is set.
     """
-    options = options or LowBit()
-    if options.smooth_q:
-        raise ValueError("smooth_q: True given; the trace is of SageBwd without smoothed queries, so leave it None")
+    options = replace(options or LowBit(), smooth_q=None)
+    forms = {str(scales): replace(options, grad_scales=scales) for scales in get_args(GradScales)}
+    forms[Q_SMOOTHING] = replace(options, grad_scales="row", smooth_q=True)
     rows: list[dict[str, Any]] = []
     activations = record_activations(model, tokens)
 
@@ -169,8 +173,8 @@ def trace_errors(model: LanguageModel, tokens: Tensor, options: LowBit | None = 
             for name in ("P", "dP", "dS"):
                 shown = exact[name].numel() * (length + 1) / (2 * length)
                 add(layer, None, name, "rms", float((exact[name].double().square().sum() / shown).sqrt()))
-            for scales in get_args(GradScales):
-                found = sagebwd_tensors(act, replace(options, grad_scales=scales))
+            for scales, form in forms.items():
+                found = sagebwd_tensors(act, form)
                 for name in TENSORS:
                     add(layer, scales, name, "cosine", cosine(found[name], exact[name]))
                     add(layer, scales, name, "rel_l2", rel_l2(found[name], exact[name]))
