@@ -23,12 +23,17 @@ def tone(seconds: float, hz: float = 440.0, rate_hz: int = 16_000, level: float 
     return (level * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate_hz)) / rate_hz)).astype(np.float32)
 
 
-def _tar(files: dict[str, bytes]) -> bytes:
+def _tar(files: dict[str, bytes | str]) -> bytes:
+    """Text instead of bytes is what a symbolic link leads to; what lies in a ``bin`` can be run."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for name, data in files.items():
             info = tarfile.TarInfo(f"./{name}")
-            info.size = len(data)
+            if isinstance(data, str):
+                info.type, info.linkname = tarfile.SYMTYPE, data
+                tar.addfile(info)
+                continue
+            info.size, info.mode = len(data), 0o755 if "/bin/" in name else 0o644
             tar.addfile(info, io.BytesIO(data))
     return out.getvalue()
 
@@ -40,7 +45,13 @@ def _zstd(data: bytes) -> bytes:
 
 
 def make_deb(
-    folder: Path, name: str, files: dict[str, bytes], *, version: str = "1.0-1", suffix: str = "xz", file_name: str = ""
+    folder: Path,
+    name: str,
+    files: dict[str, bytes | str],
+    *,
+    version: str = "1.0-1",
+    suffix: str = "xz",
+    file_name: str = "",
 ) -> Path:
     """Write NAME_VERSION_all.deb into ``folder``."""
     control = f"Package: {name}\nVersion: {version}\nArchitecture: all\nDescription: a test\n more: of it\n".encode()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from allears.cli.data_synthetic import Synthetic
 from allears.core.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
@@ -248,6 +249,7 @@ COMMANDS = {
     "prepare": Prepare,
     "list": ListCorpus,
     "pack": Pack,
+    "synthetic": Synthetic,
     "talkers": Talkers,
     "text": Text,
     "verify": Verify,

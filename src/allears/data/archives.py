@@ -13,8 +13,9 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from allears.core.errors import CorpusError
@@ -90,7 +91,9 @@ def _decompressor(name: str, raw: io.BufferedReader) -> IO[bytes]:
     raise CorpusError(f"{name}: unknown compression {suffix!r}; xz, gz, zst and none are known")
 
 
-def _tar_files(path: Path, which: str, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
+@contextmanager
+def _open_tar(path: Path, which: str) -> Iterator[tarfile.TarFile]:
+    """The tar ``which`` (``"control.tar"`` or ``"data.tar"``) of a package, to be read in order."""
     found = [entry for entry in _ar_members(path) if entry[0].startswith(which)]
     if not found:
         raise CorpusError(f"{path}: holds no {which}*; delete it and download it again")
@@ -99,12 +102,17 @@ def _tar_files(path: Path, which: str, wanted: Wanted) -> Iterator[tuple[str, by
         stream = _decompressor(name, io.BufferedReader(_Window(file, start, size), 1 << 20))
         try:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
-                for member in tar:
-                    member_name = member.name.removeprefix("./")
-                    if member.isreg() and not SEALED_MEMBERS.search(member_name) and wanted(member_name):
-                        yield member_name, tar.extractfile(member).read()  # type: ignore[union-attr]
+                yield tar
         except (lzma.LZMAError, tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise CorpusError(f"{path}: {name} is damaged ({error}); delete it and download it again") from error
+
+
+def _tar_files(path: Path, which: str, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
+    with _open_tar(path, which) as tar:
+        for member in tar:
+            name = member.name.removeprefix("./")
+            if member.isreg() and not SEALED_MEMBERS.search(name) and wanted(name):
+                yield name, tar.extractfile(member).read()  # type: ignore[union-attr]
 
 
 def deb_control(path: Path) -> dict[str, str]:
@@ -128,6 +136,28 @@ def deb_members(path: Path, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
     refuse_sealed(path.name.partition("_")[0])
     refuse_sealed(deb_control(path).get("Package", ""))
     return _tar_files(path, "data.tar", wanted)
+
+
+def unpack_deb(path: Path, root: Path) -> None:
+    """Put all files of a package under ``root``, as its installation would under ``/``, but run nothing of it.
+
+    Links that lead out of ``root`` are refused; those to an absolute path lead to its place under ``root``. Sealed
+    members are left out.
+
+    Raises:
+        CorpusError: the package is sealed or damaged, or has members that lie outside ``root``.
+    """
+    refuse_sealed(path.name.partition("_")[0])
+    refuse_sealed(deb_control(path).get("Package", ""))
+    root.mkdir(parents=True, exist_ok=True)
+    with _open_tar(path, "data.tar") as tar:
+        for member in tar:
+            if SEALED_MEMBERS.search(member.name.removeprefix("./")):
+                continue
+            if member.issym() and member.linkname.startswith("/"):
+                up = "../" * (len(PurePosixPath(member.name).parts) - 1)
+                member = member.replace(linkname=up + member.linkname.lstrip("/"), deep=False)
+            tar.extract(member, root, filter="data")
 
 
 def zip_members(data: bytes, wanted: Wanted) -> Iterator[tuple[str, bytes]]:

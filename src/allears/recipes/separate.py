@@ -183,7 +183,7 @@ def train_separate(
     """Train a separator and leave float16 weights as ``out/export.safetensors`` with their configuration.
 
     Args:
-        corpus: folders made by ``allears data prepare``, ``allears data voices`` or ``allears data pack``.
+        corpus: folders made by ``allears data prepare`` (or ``voices``, ``synthetic``) or ``allears data pack``.
         preset: a size of :data:`PRESETS`. One with silent outputs is trained on one to three talkers in noise and
             rooms, any other on clean mixtures of two.
         batch, seconds: clips a step, and their length.
