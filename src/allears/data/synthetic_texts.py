@@ -42,7 +42,7 @@ def known_languages() -> dict[str, Language]:
     table = tomllib.loads((files("allears.data") / "synthetic_languages.toml").read_text(encoding="utf-8"))
 
     def language(row: dict[str, Any]) -> Language:
-        rest = {key: value if key == "made" else tuple(value.split()) for key, value in row.items()}
+        rest: dict[str, Any] = {key: value if key == "made" else tuple(value.split()) for key, value in row.items()}
         return Language(**rest)
 
     return {code: language(row) for code, row in table.items()}
