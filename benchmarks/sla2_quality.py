@@ -150,7 +150,7 @@ class Sla2Quality:
 
     def _run_video(self, video: str, where: torch.device, started: float) -> int:
         source, name = VideoLayers.load(video, where, self.bands, self.held_out), Path(video).name
-        self._notes.append(source.notes(name))
+        self._notes.append(source.notes(name, self.layers))
         self._explain()
         cores = self._compare(name, source.record(self.layers), started)
         if self._tunes(cores, started):

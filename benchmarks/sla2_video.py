@@ -61,11 +61,12 @@ class VideoLayers:
             layers.append(Layer(name, samples[: -self.held_out], samples[-self.held_out :]))
         return layers
 
-    def notes(self, name: str) -> str:
-        """What was recorded."""
+    def notes(self, name: str, count: int | None = None) -> str:
+        """What :meth:`record` recorded, of all layers or the first ``count``."""
         config = self.net.config
+        some = config.layers if count is None or count >= config.layers else f"the first {count} of {config.layers}"
         return (
-            f"{config.layers} layers over space and time of {name}: {config.tokens} tokens, {config.heads} heads of "
+            f"{some} layers over space and time of {name}: {config.tokens} tokens, {config.heads} heads of "
             f"{config.channels // config.heads}, in {self.samples} videos of the world at as many noise levels, the "
             f"last {self.held_out} held out"
         )

@@ -9,6 +9,7 @@ from allears.audio.metrics import si_sdr_db
 from allears.models.separate.pipeline import Separator
 
 DEMO = Path(__file__).parents[2] / "demo"
+SOURCES = ("announcement-in-a-crowd", "talker-under-a-loudspeaker")
 RATE = 16_000
 
 
@@ -32,9 +33,6 @@ def test_two_voices_that_it_never_heard_come_apart(separator):
         si_sdr_db(talkers[i], v) - si_sdr_db(mixture, v) for i, v in zip(best(talkers, voices), voices, strict=True)
     ]
     assert min(gains) > 5, gains
-
-
-SOURCES = ("announcement-in-a-crowd", "talker-under-a-loudspeaker")
 
 
 def best(talkers: np.ndarray, voices: list[np.ndarray]) -> tuple[int, ...]:

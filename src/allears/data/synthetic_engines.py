@@ -123,9 +123,8 @@ def _one_by_one(command: Callable[[str, str, Path], list[str]]) -> Callable[...,
 def _festival(voice: SyntheticVoice, root: Path, texts: Sequence[str]) -> list[Spoken | None]:
     data, name = root / "usr/share/festival", voice.voice
     lines = []
-    if name.startswith(
-        "czech_"
-    ):  # these look for themselves in a fixed place, and for their lexicon in the current one
+    if name.startswith("czech_"):
+        # These look for themselves in a fixed place, and for their lexicon in the current one.
         short = name.removeprefix("czech_")
         lines.append(f'(defvar czech-{short}-unisyn-index "{data}/voices/czech/{name}/group/{short}.group")')
     lines.append(f"(voice_{name})")
